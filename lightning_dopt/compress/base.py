@@ -1,0 +1,85 @@
+"""What a compressor is: a pure map from a tensor to bytes and back."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_dopt._part import Part
+
+Shape = Sequence[int]
+
+
+def numel(shape: Shape) -> int:
+    """Number of elements of a tensor of that shape."""
+    return math.prod(shape)
+
+
+class Codec(Part, ABC):
+    """Whatever may stand in a sync's ``codec``: a :class:`Compressor`, or a memory wrapped around one."""
+
+
+class Compressor(Codec):
+    """A stateless lossy (or exact) packing of one floating point tensor into one contiguous ``uint8`` message.
+
+    The size of the message depends on the shape alone, never on the values, so all ranks know it beforehand. Randomness
+    comes from ``seed`` alone and never from the global generators.
+
+    *Shared or private randomness.* A receiver decodes with the seed of the sender. Compressors whose decoder needs the
+    seed (``RandK``) therefore get one seed that is the same on all ranks; compressors that only round stochastically
+    set ``private = True``, get a different seed on every rank, and must decode without it.
+    """
+
+    linear: bool = False
+    """Whether messages of several ranks may be summed before decoding; such compressors implement :meth:`rounds`."""
+    private: bool = False
+    """Whether ranks must draw independently (see above)."""
+    layerwise: bool = False
+    """Whether it must see tensors one by one in their own shape (low rank) rather than one long flat message."""
+
+    @abstractmethod
+    def payload_bytes(self, shape: Shape) -> int:
+        """Exact length in bytes of the message for a tensor of this shape: values, indices, scales and padding."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, seed: int = 0) -> Tensor:
+        """Pack ``x`` (float32 or float64, any shape) into a 1-D ``uint8`` tensor of ``payload_bytes(x.shape)`` bytes."""
+
+    @abstractmethod
+    def decode_add(self, payload: Tensor, out: Tensor, weight: float = 1.0, seed: int = 0) -> None:
+        """Add ``weight`` times the decoded message to ``out`` in place (shape and device of the encoded tensor)."""
+
+    def decode(self, payload: Tensor, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+        """The tensor a receiver reconstructs from ``payload``."""
+        out = torch.zeros(tuple(shape), dtype=dtype, device=payload.device)
+        self.decode_add(payload, out, 1.0, seed)
+        return out
+
+    def roundtrip(self, x: Tensor, seed: int = 0) -> Tensor:
+        """What a receiver decodes when ``x`` is sent: ``decode(encode(x))``, in the shape and dtype of ``x``."""
+        return self.decode(self.encode(x, seed), x.shape, x.dtype, seed)
+
+    def contraction(self, shape: Shape) -> float | None:
+        """Largest known ``delta`` with ``E||C(x) - x||^2 <= (1 - delta) ||x||^2`` for all x, ``None`` if there is none."""
+        return None
+
+    def variance(self, shape: Shape) -> float | None:
+        """Smallest known ``omega`` with ``E C(x) = x`` and ``E||C(x) - x||^2 <= omega ||x||^2``, ``None`` if biased."""
+        return None
+
+    def rounds(self, x: Tensor, state: dict[str, Tensor], seed: int, size: int) -> Rounds:
+        """For linear compressors: compute the compressed mean over ``size`` ranks by summing dense tensors.
+
+        A generator that yields one tensor at a time to be summed over all ranks in place, is sent the sum, and returns
+        ``(own, mean)``: what this rank contributed and the mean of all contributions, both shaped like ``x``. ``state``
+        is a dictionary that persists between calls (warm starts); ``x`` must not be modified.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not linear: its messages cannot be summed")
+        yield
+
+
+Rounds = Generator[Tensor, Tensor, tuple[Tensor, Tensor]]
