@@ -1,0 +1,56 @@
+"""Who hears whom, and with which weight: communication graphs, their matrices, spectra and pictures."""
+
+from lightning_dopt.topology.base import Topology
+from lightning_dopt.topology.custom import ErdosRenyi, FromAdjacency, FromMatrix
+from lightning_dopt.topology.dynamic import OnePeerHypercube, RandomPairs, RoundRobin
+from lightning_dopt.topology.exponential import DirectedRing, Exponential, OnePeerExponential
+from lightning_dopt.topology.plot import draw
+from lightning_dopt.topology.registry import by_name, names
+from lightning_dopt.topology.spectrum import (
+    MatrixCheck,
+    Product,
+    TopologySummary,
+    check_matrix,
+    consensus_rate,
+    lambda_min,
+    product,
+    spectral_gap,
+    summary,
+)
+from lightning_dopt.topology.static import Chain, Complete, Grid, Hypercube, Ring, Star, Torus
+from lightning_dopt.topology.weights import Lazy, UndirectedGraph, WeightRule
+
+__all__ = [  # noqa: RUF022  (grouped as they are read: contract, graphs, wrappers, tools)
+    "Topology",
+    "UndirectedGraph",
+    "WeightRule",
+    "Complete",
+    "Ring",
+    "DirectedRing",
+    "Chain",
+    "Grid",
+    "Torus",
+    "Star",
+    "Hypercube",
+    "Exponential",
+    "ErdosRenyi",
+    "OnePeerExponential",
+    "OnePeerHypercube",
+    "RandomPairs",
+    "RoundRobin",
+    "FromAdjacency",
+    "FromMatrix",
+    "Lazy",
+    "by_name",
+    "names",
+    "consensus_rate",
+    "spectral_gap",
+    "lambda_min",
+    "check_matrix",
+    "product",
+    "summary",
+    "MatrixCheck",
+    "Product",
+    "TopologySummary",
+    "draw",
+]

@@ -7,24 +7,35 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from lightning_dopt._checks import check_int
 from lightning_dopt._part import Part
 
 
 class Topology(Part, ABC):
     """A communication graph for any number of workers, static or changing from round to round.
 
-    The mixing matrix acts from the receiver's side: ``x_i <- sum_j W[i, j] x_j``, row ``i`` is what rank ``i`` does with
-    what it receives. ``step`` counts mixing rounds (not batches); every rank computes its own row locally, from shared
-    seeds only, in time that depends on its degree and not on the number of workers.
+    The mixing matrix acts from the receiver's side: ``x_i <- sum_j W[i, j] x_j``, row ``i`` is what rank ``i`` does
+    with what it receives. ``step`` counts mixing rounds (not batches); every rank computes its own row locally, from
+    shared seeds only, in time that depends on its degree and not on the number of workers. (A drawn graph is the
+    exception: the first row of a round costs the draw of the whole graph, which is then remembered.)
 
-    A subclass implements :meth:`row`, and :meth:`receivers` as well if the graph is directed.
+    A subclass implements :meth:`row`, and :meth:`receivers` as well if the graph is directed. It overrides
+    :meth:`check` if it does not exist for every number of workers, :meth:`period` and :meth:`max_degree` if it changes
+    over time, :meth:`is_mean` where a round can be an exact mean, and :meth:`symmetric` and :meth:`stationary` if its
+    matrices are not symmetric or not doubly stochastic.
+
+    Methods other than :meth:`check` and :meth:`matrix` trust their arguments: call :meth:`check` once, before training.
     """
 
     directed: bool = False
     """Whether ``i`` may hear ``j`` without ``j`` hearing ``i``."""
 
+    def __init__(self) -> None:
+        """A topology has no arguments unless it says so."""
+
     def check(self, n: int) -> None:
         """Raise ``ValueError`` in one line if this graph does not exist for ``n`` workers."""
+        check_int(type(self).__name__, "n", n, 1)
 
     def period(self, n: int) -> int | None:
         """Rounds after which the sequence of graphs repeats: 1 for a static graph, ``None`` if it never does."""
@@ -44,12 +55,35 @@ class Topology(Part, ABC):
         """The ranks that ``rank`` hears in round ``step``, ascending, without ``rank`` itself."""
         return sorted(j for j in self.row(n, rank, step) if j != rank)
 
+    def max_degree(self, n: int) -> int:
+        """The most ranks that any rank hears in any one round."""
+        period = self.period(n)
+        if period is None:
+            raise NotImplementedError(f"{type(self).__name__} never repeats and must say its largest degree")
+        return max(len(self.neighbors(n, rank, step)) for step in range(period) for rank in range(n))
+
     def is_mean(self, n: int) -> bool:
         """Whether every round gives every rank the plain mean of all workers (so an all-reduce can do it)."""
         return n == 1
 
+    def symmetric(self, n: int) -> bool:
+        """Whether the matrix of every round equals its transpose."""
+        return not self.directed
+
+    def stationary(self, n: int) -> list[float]:
+        """The weights ``lambda`` that every round keeps, ``sum_i lambda_i x_i`` before and after (they sum to one).
+
+        Repeated rounds drive every rank to this weighted mean of the starting values; ``1/n`` each, the plain mean,
+        exactly if the matrices are doubly stochastic.
+        """
+        return [1.0 / n] * n
+
+    def doubly_stochastic(self, n: int) -> bool:
+        """Whether the columns of every round sum to one as well, so that a round keeps the plain mean."""
+        return True
+
     def matrix(self, n: int, step: int = 0) -> Tensor:
-        """The dense mixing matrix of round ``step``: float64, shape (n, n), entry (i, j) as rank ``i`` weighs rank ``j``.
+        """The mixing matrix of round ``step``: float64, shape (n, n), entry (i, j) what rank ``i`` gives rank ``j``.
 
         Raises:
             ValueError: the graph does not exist for ``n`` workers.

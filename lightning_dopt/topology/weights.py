@@ -1,0 +1,122 @@
+"""Mixing weights for undirected graphs, and the lazy version of any topology."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Literal
+
+from lightning_dopt._checks import check_choice
+from lightning_dopt.topology.base import Topology
+
+WeightRule = Literal["metropolis", "max_degree", "lazy"]
+"""How an undirected graph weighs its links; see :class:`UndirectedGraph`."""
+
+RULES: tuple[WeightRule, ...] = ("metropolis", "max_degree", "lazy")
+
+
+class UndirectedGraph(Topology):
+    """A fixed undirected graph whose weights follow from its degrees; a subclass says who is adjacent to whom.
+
+    With ``d_i`` the number of neighbours of ``i`` and ``W[i, i]`` what is left to one, the rules are
+
+    * ``"metropolis"``: ``W[i, j] = 1 / (1 + max(d_i, d_j))``, which needs the neighbours' degrees only;
+    * ``"max_degree"``: ``W[i, j] = 1 / (1 + max_k d_k)``, the same weight on every link;
+    * ``"lazy"``: ``(I + W) / 2`` of the Metropolis matrix, so that no eigenvalue is negative.
+
+    All three matrices are symmetric, doubly stochastic and have a positive diagonal. If all degrees are equal (ring,
+    torus, hypercube) the first two coincide. Source: Xiao, Boyd and Lall, "A Scheme for Robust Distributed Sensor
+    Fusion Based on Average Consensus" (2005).
+    """
+
+    weights: WeightRule
+
+    def __init__(self, weights: WeightRule = "metropolis") -> None:
+        check_choice(type(self).__name__, "weights", weights, RULES)
+        self.weights = weights
+
+    @abstractmethod
+    def adjacent(self, n: int, rank: int) -> list[int]:
+        """The ranks linked to ``rank``, ascending, without ``rank`` itself."""
+
+    def degree(self, n: int, rank: int) -> int:
+        """How many ranks are linked to ``rank``."""
+        return len(self.adjacent(n, rank))
+
+    def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
+        """The weights of ``rank``'s links by the chosen rule; the same in every round."""
+        if self.weights == "max_degree":
+            top = self.max_degree(n)
+            row = dict.fromkeys(self.adjacent(n, rank), 1.0 / (1 + top))
+        else:
+            own = self.degree(n, rank)
+            scale = 0.5 if self.weights == "lazy" else 1.0
+            row = {j: scale / (1 + max(own, self.degree(n, j))) for j in self.adjacent(n, rank)}
+        row[rank] = 1.0 - math.fsum(row.values())
+        return row
+
+    def neighbors(self, n: int, rank: int, step: int = 0) -> list[int]:
+        """The ranks linked to ``rank``, ascending; the same in every round."""
+        return self.adjacent(n, rank)
+
+    def is_mean(self, n: int) -> bool:
+        """Whether everybody is linked to everybody with weight ``1/n``."""
+        return n == 1 or (self.weights != "lazy" and all(self.degree(n, i) == n - 1 for i in range(n)))
+
+
+class Lazy(Topology):
+    """The lazy version of another topology: ``(I + W) / 2`` in every round.
+
+    Same links, same stationary weights; every eigenvalue ``mu`` of a round becomes ``(1 + mu) / 2``. For a symmetric
+    ``W`` none is negative any more, which exact diffusion and NIDS need; the price is up to half the spectral gap.
+
+    Args:
+        topology: the topology to slow down.
+
+    Raises:
+        ValueError: ``topology`` is not a topology.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        if not isinstance(topology, Topology):
+            raise ValueError(f"Lazy(topology={topology!r}): must be a topology such as Ring()")
+        self.topology = topology
+        self.directed = topology.directed
+
+    def check(self, n: int) -> None:
+        """Raise ``ValueError`` if the inner topology does not exist for ``n`` workers."""
+        self.topology.check(n)
+
+    def period(self, n: int) -> int | None:
+        """The period of the inner topology."""
+        return self.topology.period(n)
+
+    def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
+        """Half of the inner row, and one half more for ``rank`` itself."""
+        row = {j: weight / 2 for j, weight in self.topology.row(n, rank, step).items()}
+        row[rank] = row.get(rank, 0.0) + 0.5
+        return row
+
+    def neighbors(self, n: int, rank: int, step: int = 0) -> list[int]:
+        """The neighbours in the inner topology."""
+        return self.topology.neighbors(n, rank, step)
+
+    def receivers(self, n: int, rank: int, step: int = 0) -> list[int]:
+        """The receivers in the inner topology."""
+        return self.topology.receivers(n, rank, step)
+
+    def max_degree(self, n: int) -> int:
+        """The largest degree of the inner topology."""
+        return self.topology.max_degree(n)
+
+    def symmetric(self, n: int) -> bool:
+        """Whether the inner matrices are symmetric."""
+        return self.topology.symmetric(n)
+
+    def stationary(self, n: int) -> list[float]:
+        """The stationary weights of the inner topology."""
+        return self.topology.stationary(n)
+
+    def doubly_stochastic(self, n: int) -> bool:
+        """Whether the inner matrices are doubly stochastic."""
+        return self.topology.doubly_stochastic(n)

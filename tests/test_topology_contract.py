@@ -1,0 +1,226 @@
+"""The promises every topology makes, checked for every topology and many numbers of workers."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from lightning_dopt.topology import (
+    Chain,
+    Complete,
+    DirectedRing,
+    ErdosRenyi,
+    Exponential,
+    FromAdjacency,
+    FromMatrix,
+    Grid,
+    Hypercube,
+    Lazy,
+    OnePeerExponential,
+    OnePeerHypercube,
+    RandomPairs,
+    Ring,
+    RoundRobin,
+    Star,
+    Topology,
+    Torus,
+    by_name,
+    check_matrix,
+    custom,
+    dynamic,
+    names,
+    product,
+)
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16)
+POWERS_ONLY = (Hypercube, OnePeerHypercube)
+OWN_LINKS = [[1, 2], [0, 2], [0, 1, 3], [2, 4], [3]]
+OWN_ENTRIES = [[0.5, 0.0, 0.5, 0.0], [0.25, 0.75, 0.0, 0.0], [0.0, 0.1, 0.2, 0.7], [1 / 3, 0.0, 0.0, 2 / 3]]
+TOPOLOGIES: list[Topology] = [
+    *(by_name(name) for name in names()),
+    Ring(hops=2),
+    Ring(weights="lazy"),
+    Chain(weights="max_degree"),
+    Grid(weights="max_degree"),
+    Grid(rows=1, weights="lazy"),
+    Torus(rows=1),
+    Star(weights="max_degree"),
+    ErdosRenyi(p=0.7, seed=3, weights="max_degree"),
+    RandomPairs(seed=11),
+    FromAdjacency(OWN_LINKS),
+    FromMatrix(OWN_ENTRIES),
+    Lazy(Ring()),
+    Lazy(OnePeerExponential()),
+    Lazy(RandomPairs()),
+    Lazy(FromMatrix(OWN_ENTRIES)),
+]
+
+
+def exists(topology: Topology, n: int) -> bool:
+    try:
+        topology.check(n)
+    except ValueError:
+        return False
+    return True
+
+
+def rounds(topology: Topology, n: int) -> range:
+    return range(2 * (topology.period(n) or 20))
+
+
+def sizes(topology: Topology) -> list[int]:
+    return [n for n in SIZES if exists(topology, n)]
+
+
+for_every_topology = pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda t: repr(t)[:40])
+
+
+def test_the_sizes_that_do_not_exist_are_the_expected_ones() -> None:
+    for topology in TOPOLOGIES:
+        inner = topology.topology if isinstance(topology, Lazy) else topology
+        if isinstance(inner, POWERS_ONLY):
+            assert sizes(topology) == [1, 2, 4, 8, 16]
+        elif isinstance(inner, FromAdjacency):
+            assert sizes(topology) == [5]
+        elif isinstance(inner, FromMatrix):
+            assert sizes(topology) == [4]
+        else:
+            assert sizes(topology) == list(SIZES)
+
+
+@for_every_topology
+def test_rows_are_positive_and_sum_to_one(topology: Topology) -> None:
+    for n in sizes(topology):
+        for step in rounds(topology, n):
+            for rank in range(n):
+                row = topology.row(n, rank, step)
+                assert set(row) <= set(range(n))
+                assert row[rank] > 0
+                assert min(row.values()) > 0
+                assert sum(row.values()) == pytest.approx(1, abs=1e-12)
+
+
+@for_every_topology
+def test_receivers_are_the_columns_of_the_matrix(topology: Topology) -> None:
+    for n in sizes(topology):
+        for step in rounds(topology, n):
+            w = topology.matrix(n, step)
+            w.fill_diagonal_(0)
+            for rank in range(n):
+                assert topology.neighbors(n, rank, step) == w[rank].nonzero().flatten().tolist()
+                assert topology.receivers(n, rank, step) == w[:, rank].nonzero().flatten().tolist()
+                if not topology.directed:
+                    assert topology.receivers(n, rank, step) == topology.neighbors(n, rank, step)
+
+
+@for_every_topology
+def test_declared_properties_are_those_of_the_matrices(topology: Topology) -> None:
+    for n in sizes(topology):
+        checks = [check_matrix(topology.matrix(n, step)) for step in rounds(topology, n)]
+        assert all(check.row_stochastic for check in checks)
+        assert topology.doubly_stochastic(n) == all(check.column_stochastic for check in checks)
+        assert topology.symmetric(n) == all(check.symmetric for check in checks)
+
+
+@for_every_topology
+def test_stationary_weights_are_kept_by_every_round(topology: Topology) -> None:
+    for n in sizes(topology):
+        weights = torch.tensor(topology.stationary(n), dtype=torch.float64)
+        assert weights.min() > 0
+        assert float(weights.sum()) == pytest.approx(1, abs=1e-12)
+        for step in rounds(topology, n):
+            torch.testing.assert_close(weights @ topology.matrix(n, step), weights, rtol=0, atol=1e-12)
+
+
+@for_every_topology
+def test_max_degree_is_reached_and_not_exceeded(topology: Topology) -> None:
+    for n in sizes(topology):
+        degrees = [len(topology.neighbors(n, rank, step)) for step in rounds(topology, n) for rank in range(n)]
+        assert max(degrees) == topology.max_degree(n)
+
+
+@for_every_topology
+def test_is_mean_exactly_if_every_round_is_the_mean(topology: Topology) -> None:
+    for n in sizes(topology):
+        worst = max(float((topology.matrix(n, step) - 1 / n).abs().max()) for step in rounds(topology, n))
+        assert topology.is_mean(n) == (worst < 1e-12)
+
+
+@for_every_topology
+def test_period_repeats_and_is_the_shortest(topology: Topology) -> None:
+    for n in sizes(topology):
+        period = topology.period(n)
+        if period is None:
+            assert len({str(topology.matrix(n, step).tolist()) for step in range(20)}) > 1
+            continue
+        sequence = [topology.matrix(n, step) for step in range(2 * period)]
+        fits = [
+            p for p in range(1, period + 1) if all(torch.equal(sequence[s], sequence[s + p]) for s in range(period))
+        ]
+        assert fits == [period]
+
+
+@for_every_topology
+def test_links_of_a_period_connect_everybody(topology: Topology) -> None:
+    for n in sizes(topology):
+        union = sum(topology.matrix(n, step) for step in rounds(topology, n))
+        reach = torch.linalg.matrix_power((union > 0).double(), n)
+        assert bool((reach > 0).all())
+
+
+@for_every_topology
+def test_a_period_shrinks_every_disagreement(topology: Topology) -> None:
+    for n in sizes(topology):
+        total = product(topology, n, 200 * (topology.period(n) or 1)).matrix
+        mean = torch.tensor(topology.stationary(n), dtype=torch.float64).expand(n, n)
+        assert float((total - mean).abs().max()) < 0.05
+
+
+@for_every_topology
+def test_every_rank_computes_the_same_round(topology: Topology) -> None:
+    for n in sizes(topology):
+        here = [topology.row(n, rank, 7) for rank in range(n)]
+        dynamic._random_matching.cache_clear()
+        custom._connected_draw.cache_clear()
+        torch.manual_seed(5)
+        other = pickle.loads(pickle.dumps(topology))
+        assert [other.row(n, rank, 7) for rank in reversed(range(n))] == here[::-1]
+
+
+@for_every_topology
+def test_printed_form_makes_an_equal_topology(topology: Topology) -> None:
+    import lightning_dopt.topology as module
+
+    again = eval(repr(topology), vars(module))
+    assert again == topology
+    assert hash(again) == hash(topology)
+    assert pickle.loads(pickle.dumps(topology)) == topology
+
+
+@for_every_topology
+@pytest.mark.parametrize("n", [0, -1, 2.0, True])
+def test_a_number_of_workers_is_a_positive_integer(topology: Topology, n: int) -> None:
+    with pytest.raises(ValueError, match=r"\(n=.*\): must be an integer of at least 1$"):
+        topology.matrix(n)
+
+
+def test_directed_graphs_must_say_who_hears_a_rank() -> None:
+    class Mute(Topology):
+        directed = True
+
+        def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
+            return {rank: 1.0}
+
+    with pytest.raises(NotImplementedError, match="Mute is directed"):
+        Mute().receivers(2, 0)
+
+
+def test_every_class_is_covered() -> None:
+    import lightning_dopt.topology as module
+
+    classes = {getattr(module, name) for name in module.__all__ if isinstance(getattr(module, name), type)}
+    concrete = {c for c in classes if issubclass(c, Topology) and not c.__abstractmethods__}
+    assert {type(t) for t in TOPOLOGIES} == concrete
+    assert concrete >= {Complete, DirectedRing, Exponential, RoundRobin}
