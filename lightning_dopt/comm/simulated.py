@@ -1,0 +1,172 @@
+"""A world of many workers in one process, with a virtual clock: exact tests without processes, plans at any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_dopt.comm.ledger import all_gather_bytes, all_reduce_bytes
+from lightning_dopt.comm.link import Link, LinkClock
+from lightning_dopt.comm.world import Pending, SyncError, Talk, World
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Meeting:
+    """The k-th operation of every worker: what each brought, and the shared outcome."""
+
+    kind: str
+    label: str
+    brought: dict[int, Any] = field(default_factory=dict)
+    posted: dict[int, float] = field(default_factory=dict)
+    taken: int = 0
+    outcome: Any = None
+
+
+class _Visit(Pending):
+    def __init__(self, world: SimulatedWorld, index: int, finish: Callable[[_Meeting], Any], seconds: float) -> None:
+        self.world, self.index, self.finish, self.seconds = world, index, finish, seconds
+        self.meeting = world.hub.meetings[index]
+        self.label = self.meeting.label
+
+    def wait(self) -> Any:
+        """See :meth:`Pending.wait`."""
+        missing = sorted(set(range(self.world.size)) - set(self.meeting.brought))
+        if missing:
+            raise SyncError(
+                f"rank {self.world.rank}, step {self.world.step}, sync '{self.label}': "
+                f"rank(s) {', '.join(map(str, missing))} never took part in this {self.meeting.kind}"
+            )
+        if self.world.clock is not None:
+            ready = max(self.meeting.posted.values())
+            self.world.clock.wait(ready + self.seconds)
+        result = self.finish(self.meeting)
+        self.meeting.taken += 1
+        if self.meeting.taken == self.world.size:
+            del self.world.hub.meetings[self.index]
+        return result
+
+
+class SimulatedWorld(World):
+    """One simulated worker; make all of them with :meth:`SimulatedWorld.create` and drive them with :func:`lockstep`.
+
+    Sums are formed in ascending rank order, so results are the same in every run.
+    """
+
+    def __init__(self, hub: _Hub, rank: int, size: int, clock: LinkClock | None) -> None:
+        super().__init__(rank, size, clock)
+        self.hub = hub
+        self._count = 0
+
+    @classmethod
+    def create(cls, size: int, link: Link | None = None) -> list[SimulatedWorld]:
+        """``size`` workers that can talk to each other, over links of the given speed if one is given."""
+        hub = _Hub()
+        return [cls(hub, rank, size, LinkClock(link) if link is not None else None) for rank in range(size)]
+
+    def _meet(self, kind: str, label: str, item: Any, finish: Callable[[_Meeting], Any], seconds: float) -> Pending:
+        index, self._count = self._count, self._count + 1
+        meeting = self.hub.meetings.setdefault(index, _Meeting(kind, label))
+        if (meeting.kind, meeting.label) != (kind, label):
+            raise SyncError(
+                f"rank {self.rank}, step {self.step}: starts {kind} for sync '{label}' where others started "
+                f"{meeting.kind} for sync '{meeting.label}'"
+            )
+        meeting.brought[self.rank] = item
+        if self.clock is not None:
+            meeting.posted[self.rank] = self.clock.post(seconds) - seconds
+        return _Visit(self, index, finish, seconds)
+
+    def _reduce(self, tensor: Tensor, label: str, kind: str, combine: Callable[[list[Tensor]], Tensor]) -> Pending:
+        def finish(meeting: _Meeting) -> Tensor:
+            if meeting.outcome is None:
+                meeting.outcome = combine([meeting.brought[j].clone() for j in range(self.size)])
+            return tensor.copy_(meeting.outcome)
+
+        seconds = self.clock.link.all_reduce(tensor.nbytes, self.size) if self.clock is not None else 0.0
+        return self._meet(kind, label, tensor, finish, seconds)
+
+    def all_reduce(self, tensor: Tensor, label: str, *, overhead: bool = False) -> Pending:
+        """See :meth:`World.all_reduce`."""
+        nbytes = all_reduce_bytes(tensor.nbytes, self.size)
+        self.ledger.sent(label, 0 if overhead else nbytes, nbytes if overhead else 0)
+        return self._reduce(tensor, label, "all_reduce", lambda ts: torch.stack(ts).sum(0))
+
+    def all_reduce_max(self, tensor: Tensor, label: str) -> Pending:
+        """See :meth:`World.all_reduce_max`."""
+        self.ledger.sent(label, 0, all_reduce_bytes(tensor.nbytes, self.size))
+        return self._reduce(tensor, label, "all_reduce_max", lambda ts: torch.stack(ts).amax(0))
+
+    def all_gather(self, payload: Tensor, label: str) -> Pending:
+        """See :meth:`World.all_gather`."""
+        self.ledger.sent(label, all_gather_bytes(payload.nbytes, self.size))
+        seconds = self.clock.link.all_gather(payload.nbytes, self.size) if self.clock is not None else 0.0
+
+        def finish(meeting: _Meeting) -> Tensor:
+            if meeting.outcome is None:
+                meeting.outcome = torch.stack([meeting.brought[j] for j in range(self.size)])
+            return meeting.outcome  # type: ignore[no-any-return]
+
+        return self._meet("all_gather", label, payload, finish, seconds)
+
+    def exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, int], label: str) -> Pending:
+        """See :meth:`World.exchange`."""
+        nbytes = sum(t.nbytes for t in send.values())
+        self.ledger.sent(label, nbytes)
+        seconds = self.clock.link.exchange(max(nbytes, sum(receive.values()))) if self.clock is not None else 0.0
+
+        def finish(meeting: _Meeting) -> dict[int, Tensor]:
+            if meeting.outcome is None:  # copies: a worker may reuse its buffers once it has its own result
+                meeting.outcome = {j: {k: t.clone() for k, t in sent.items()} for j, sent in meeting.brought.items()}
+            got = {}
+            for j, length in sorted(receive.items()):
+                box = meeting.outcome[j].get(self.rank)
+                if box is None or box.numel() != length:
+                    what = "nothing" if box is None else f"{box.numel()} bytes"
+                    raise SyncError(f"rank {self.rank}, sync '{label}': expected {length} bytes of rank {j}, got {what}")
+                got[j] = box
+            return got
+
+        return self._meet("exchange", label, dict(send), finish, seconds)
+
+    def run(self, talk: Talk[T]) -> T:
+        """A lone worker can only run code that never has to wait for another.
+
+        Raises:
+            SyncError: it had to; drive all workers together with :func:`lockstep`.
+        """
+        return lockstep([talk])[0]
+
+
+class _Hub:
+    def __init__(self) -> None:
+        self.meetings: dict[int, _Meeting] = {}
+
+
+def lockstep(talks: Sequence[Talk[T]]) -> list[T]:
+    """Drive one talk per worker: each runs until it must wait, then all results are delivered, until all have ended.
+
+    Raises:
+        SyncError: workers disagree on what they do next.
+    """
+    results: dict[int, T] = {}
+    waiting: dict[int, Pending] = {}
+    for i, talk in enumerate(talks):
+        try:
+            waiting[i] = next(talk)
+        except StopIteration as stop:
+            results[i] = stop.value
+    while waiting:
+        # All workers have posted what they wait for before the first result is taken.
+        for i, pending in list(waiting.items()):
+            try:
+                waiting[i] = talks[i].send(pending.wait())
+            except StopIteration as stop:
+                results[i] = stop.value
+                del waiting[i]
+    return [results[i] for i in range(len(talks))]

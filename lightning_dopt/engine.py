@@ -1,0 +1,517 @@
+"""The engine: runs a plan, the send half and the apply half of every tick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dopt._random import key
+from lightning_dopt.apply import Blocking, OneRound
+from lightning_dopt.comm.world import Talk, World
+from lightning_dopt.compress import Identity
+from lightning_dopt.exchange import Channel, Flight
+from lightning_dopt.local.base import BoundCorrection
+from lightning_dopt.plan import Plan, Sync
+from lightning_dopt.slots import FlatBuffers, FlatGradients, FlatTensors, Lane
+from lightning_dopt.what import OptimizerState
+
+
+class LaneRunner:
+    """One lane of one sync: its anchor, outer optimizer, codec memory and the message in flight."""
+
+    def __init__(self, sync: Sync, lane: Lane, channel: Channel, corrections: list[BoundCorrection]) -> None:
+        self.sync, self.lane, self.channel = sync, lane, channel
+        self.corrections = [c for c in corrections if sync.what.slot in c.slots]
+        self.anchor: Tensor | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.flights: list[Flight] = []
+        self.last_step = 0
+        if sync.signal == "delta" or sync.outer is not None:
+            self.anchor = lane.live.detach().to(lane.message_dtype, copy=True)
+        if sync.outer is not None:
+            assert self.anchor is not None
+            self._anchors = lane.views(self.anchor)
+            self.optimizer = sync.outer.build(self._anchors)
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether the live buffer itself may travel: it is at rest, and nobody needs its old value."""
+        sync, same_dtype = self.sync, self.lane.live.dtype == self.lane.message_dtype
+        at_rest = sync.apply == Blocking() or sync.apply == Blocking(order="cta")
+        plain = isinstance(sync.codec, Identity) and self.channel.sums
+        return sync.signal == "value" and at_rest and same_dtype and plain and self.anchor is None and not self.corrections
+
+    def send(self, step: int, round_: int) -> None:
+        """The send half: snapshot, encode, start the transfer."""
+        live = self.lane.live
+        if self.sync.signal == "delta":
+            assert self.anchor is not None
+            message = self.anchor - live
+        elif self._in_place:
+            message = live
+        else:
+            message = live.to(self.lane.message_dtype, copy=True)
+        sent = live.clone() if self.sync.apply.merge.needs_sent or self.corrections else None
+        for correction in self.corrections:
+            correction.publish(self.sync.what.slot, self.lane, message)
+        need_own = isinstance(self.sync.apply, OneRound) and self.sync.apply.inflight != 0.0
+        flight = self.channel.launch(message, step, round_, need_own)
+        flight.sent = sent
+        self.flights.append(flight)
+
+    def apply(self, step: int) -> Talk[None]:
+        """The apply half: wait, move the reference, merge into the live tensor."""
+        if isinstance(self.sync.apply, OneRound):
+            flight, result = self.flights[-1], (yield from self._corrected())
+        else:
+            flight = self.flights.pop(0)
+            result = yield from flight.finish()
+        new = self._move_reference(result)
+        self.sync.apply.merge(self.lane.live, new, flight.sent)
+        for correction in self.corrections:
+            assert flight.sent is not None
+            correction.on_applied(self.sync.what.slot, self.lane, flight.sent, step - self.last_step)
+        self.last_step = step
+
+    def _corrected(self) -> Talk[Tensor]:
+        """The fresh message's in-flight share plus what the previous round brought, without the share used then."""
+        assert isinstance(self.sync.apply, OneRound)
+        share = self.sync.apply.share(self.channel.world.size)
+        fresh = self.flights[-1]
+        result = torch.zeros(self.lane.numel, dtype=self.lane.message_dtype, device=self.lane.live.device)
+        if len(self.flights) == 2:
+            old = self.flights.pop(0)
+            result.add_((yield from old.finish()))
+            if share:
+                assert old.own is not None
+                result.sub_(old.own, alpha=share)
+        if share:
+            assert fresh.own is not None
+            result.add_(fresh.own, alpha=share)
+        return result
+
+    def _move_reference(self, result: Tensor) -> Tensor:
+        if self.anchor is None:
+            return result
+        direction = result if self.sync.signal == "delta" else self.anchor - result
+        if self.optimizer is None:
+            self.anchor.sub_(direction)
+        else:
+            for anchor, gradient in zip(self._anchors, self.lane.views(direction), strict=True):
+                anchor.grad = gradient
+            self.optimizer.step()
+            for anchor in self._anchors:
+                anchor.grad = None
+        return self.anchor
+
+    def drain(self) -> Talk[None]:
+        """After the last step: apply what is still in flight; local progress made since then is kept on top."""
+        while self.flights:
+            if not isinstance(self.sync.apply, OneRound):
+                yield from self.apply(self.last_step)
+                continue
+            flight = self.flights.pop(0)
+            result = (yield from flight.finish()).clone()
+            share = self.sync.apply.share(self.channel.world.size)
+            if share:
+                assert flight.own is not None
+                result.sub_(flight.own, alpha=share)
+            assert self.anchor is not None
+            before = self.anchor.clone()
+            moved = self._move_reference(result) - before
+            self.lane.live.add_(moved.to(self.lane.live.dtype))
+
+    def due(self, step: int) -> bool:
+        """Whether the oldest message in flight must be applied at ``step``."""
+        return bool(self.flights) and step >= self.flights[0].step + self.sync.apply.delay
+
+    def land(self) -> Talk[None]:
+        """Wait for everything in flight, without applying it."""
+        for flight in self.flights:
+            yield from flight.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of this lane that outlives a step (call :meth:`land` first)."""
+        return {
+            "anchor": self.anchor,
+            "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
+            "channel": self.channel.tensors(),
+            "flights": [f.state_dict() for f in self.flights],
+            "last_step": self.last_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from saved state."""
+        if self.anchor is not None:
+            self.anchor.copy_(state["anchor"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.channel.load(state["channel"])
+        self.flights = [Flight.from_state_dict(f) for f in state["flights"]]
+        self.last_step = int(state["last_step"])
+
+
+class SyncRunner:
+    """One sync at work: its lanes and the number of rounds it has sent."""
+
+    def __init__(self, sync: Sync, label: str, lanes: list[LaneRunner]) -> None:
+        self.sync, self.label, self.lanes = sync, label, lanes
+        self.rounds = 0
+
+    def send(self, step: int) -> None:
+        """Start one round on every lane."""
+        for lane in self.lanes:
+            lane.send(step, self.rounds)
+        self.rounds += 1
+
+    def apply(self, step: int) -> Talk[None]:
+        """Apply the oldest round on every lane."""
+        for lane in self.lanes:
+            yield from lane.apply(step)
+
+    def apply_due(self, step: int) -> Talk[None]:
+        """Apply what is due."""
+        for lane in self.lanes:
+            if lane.due(step):
+                yield from lane.apply(step)
+
+    def land(self) -> Talk[None]:
+        """Wait for everything in flight, without applying it."""
+        for lane in self.lanes:
+            yield from lane.land()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of all lanes."""
+        return {"label": self.label, "rounds": self.rounds, "lanes": [lane.state_dict() for lane in self.lanes]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from saved state."""
+        self.rounds = int(state["rounds"])
+        for lane, saved in zip(self.lanes, state["lanes"], strict=False):  # lanes of optimizer states come later
+            lane.load_state_dict(saved)
+
+
+class GradientRunner:
+    """A gradient sync of the parameters that one optimizer steps."""
+
+    def __init__(self, runner: SyncRunner, copies: list[FlatGradients]) -> None:
+        self.runner, self.copies = runner, copies
+
+    def run(self) -> Talk[None]:
+        """Gather, send, apply, hand back. Steps are this optimizer's own, counted by the rounds sent."""
+        step = self.runner.rounds + 1
+        for copy in self.copies:
+            copy.gather()
+        self.runner.send(step)
+        yield from self.runner.apply(step)
+        for copy in self.copies:
+            copy.scatter()
+
+
+class Engine:
+    """Runs a plan on one replica. Needs no Lightning: call it around the optimizer step of any loop.
+
+    .. code-block:: python
+
+        engine = Engine(plan, dict(model.named_parameters()), ProcessGroupWorld())
+        for batch in data:
+            engine.run(engine.before_step())
+            loss(model, batch).backward()
+            engine.run(engine.on_gradients())
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.run(engine.after_step())
+        engine.run(engine.finish())
+
+    Each of these methods returns a generator that yields where it must wait, so that many simulated workers can be
+    driven in one process; :meth:`run` drives it on real processes.
+
+    The order within a tick is fixed: for each sync in the plan's order first the send half, then the apply half.
+
+    Args:
+        plan: What to do.
+        parameters: Trainable parameters by name, each once, in the same order on all ranks. They are moved into flat
+            buffers and stay the same tensor objects.
+        world: With whom.
+        buffers: Floating point buffers by name that are averaged whenever all parameters or gradients are synchronised.
+        lr: Gives the current learning rate of a parameter by name, for corrections that need it.
+        optimizer_state: Gives the clock optimizer's state tensor by (parameter name, key), for ``optimizer.<state>``.
+        gradient_groups: Parameter names by optimizer, if several optimizers step at different times.
+
+    Raises:
+        ValueError: the plan does not suit the number of workers, or selects nothing.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        parameters: Mapping[str, Tensor],
+        world: World,
+        buffers: Mapping[str, Tensor] | None = None,
+        lr: Callable[[str], float] | None = None,
+        optimizer_state: Callable[[str, str], Tensor] | None = None,
+        gradient_groups: Sequence[Sequence[str]] | None = None,
+    ) -> None:
+        plan.check(world.size)
+        self.plan, self.world = plan, world
+        self.parameters = dict(parameters)
+        self.step = 0
+        self._begun = False
+        self.optimizer_state = optimizer_state
+        self.groups = [list(g) for g in gradient_groups] if gradient_groups is not None else [list(self.parameters)]
+        chosen = [self._selected(s) for s in plan if s.what.slot in ("parameters", "gradients")]
+        self.flat = FlatTensors(self.parameters, [*chosen, *self.groups])
+        self.corrections = [c.bind(self.flat.lanes, self.parameters, lr or _no_lr) for c in plan.corrections]
+        self.buffers = FlatBuffers(buffers or {})
+        self.gradients: list[list[GradientRunner]] = [[] for _ in self.groups]
+        self.runners: list[SyncRunner] = []
+        for index, (sync, label) in enumerate(zip(plan, plan.labels(), strict=True)):
+            self._add(index, sync, label)
+        self.buffer_runner = self._buffer_runner()
+        self.optimizer_flats: dict[str, FlatTensors] = {}
+
+    def _selected(self, sync: Sync) -> list[str]:
+        names = [name for name in self.parameters if sync.what.selects(name)]  # type: ignore[attr-defined]
+        if not names:
+            raise ValueError(f"Sync(what={sync.what!r}): selects none of the {len(self.parameters)} trainable parameters")
+        return names
+
+    def _runner(self, index: int, sync: Sync, label: str, lanes: list[Lane]) -> SyncRunner:
+        seed = self.plan.sync_seed(index)
+        channels = [Channel(sync, lane, self.world, key(seed, k), label) for k, lane in enumerate(lanes)]
+        corrections = [] if sync.what.slot == "buffers" else self.corrections
+        for correction in corrections:
+            if sync.what.slot in correction.slots:
+                correction.prepare(sync.what.slot, lanes)
+        return SyncRunner(sync, label, [LaneRunner(sync, lane, ch, corrections) for lane, ch in zip(lanes, channels, strict=True)])
+
+    def _add(self, index: int, sync: Sync, label: str) -> None:
+        slot = sync.what.slot
+        if slot == "parameters":
+            self.runners.append(self._runner(index, sync, label, self.flat.select(self._selected(sync))))
+        elif slot == "gradients":
+            for runners, group in zip(self.gradients, self.groups, strict=True):
+                names = [name for name in self._selected(sync) if name in group]
+                if names:
+                    copies = [FlatGradients(self.parameters, lane) for lane in self.flat.select(names)]
+                    runners.append(GradientRunner(self._runner(index, sync, label, [c.lane for c in copies]), copies))
+        elif slot == "buffers":
+            lanes = [self.buffers.lane] if self.buffers.buffers else []
+            self.runners.append(self._runner(index, sync, label, lanes))
+        else:
+            self._selected(sync)
+            self.runners.append(SyncRunner(sync, label, []))
+
+    def _fill_optimizer_runner(self, runner: SyncRunner) -> None:
+        """States exist only after the optimizer's first step, so their lanes are made at the first sync."""
+        what, index = runner.sync.what, self.runners.index(runner)
+        assert isinstance(what, OptimizerState)
+        if self.optimizer_state is None:
+            raise RuntimeError(f"sync '{runner.label}' needs Engine(optimizer_state=...)")
+        lookup = self.optimizer_state
+        states = FlatTensors({name: lookup(name, what.key) for name in self._selected(runner.sync)})
+        runner.lanes = self._runner(index, runner.sync, runner.label, states.lanes).lanes
+        self.optimizer_flats[runner.label] = states
+
+    def _buffer_runner(self) -> SyncRunner | None:
+        """Buffers follow the first sync of parameters or gradients unless the plan names them itself."""
+        host = next((s for s in self.plan if s.what.slot in ("parameters", "gradients")), None)
+        if not self.buffers.buffers or host is None or any(s.what.slot == "buffers" for s in self.plan):
+            return None
+        sync = Sync(when=host.when, what="buffers", peers=host.peers)
+        return self._runner(len(self.plan.syncs), sync, "buffers", [self.buffers.lane])
+
+    # ------------------------------------------------------------------ the tick
+
+    def run(self, talk: Talk[Any]) -> Any:
+        """Drive one of the methods below on this rank."""
+        with torch.no_grad():
+            return self.world.run(talk)
+
+    def communicates(self, step: int | None = None) -> bool:
+        """Whether optimizer step ``step`` (default: the coming one) sends or waits; the same on all ranks."""
+        step = self.step + 1 if step is None else step
+        if any(self.gradients):
+            return True
+        waiting = any(lane.due(step) for r in self.runners for lane in r.lanes)
+        return waiting or any(r.sync.when.due(step) for r in self.runners)
+
+    def before_step(self) -> Talk[None]:
+        """Before the forward pass of an optimizer step (its first micro-batch): syncs of order ``cta`` and ``awc``."""
+        if self._begun:
+            return
+        self._begun = True
+        step = self.world.step = self.step + 1
+        for runner in self.runners:
+            order = getattr(runner.sync.apply, "order", "atc")
+            if order != "atc" and runner.sync.when.due(step):
+                runner.send(step)
+                if order == "cta":
+                    yield from runner.apply(step)
+
+    def on_gradients(self, scale: float = 1.0, group: int = 0) -> Talk[None]:
+        """After backward, before clipping and the optimizer: corrections, then gradient syncs.
+
+        Args:
+            scale: Loss scale the gradients carry (mixed precision); messages and memories are kept free of it.
+            group: Which of the gradient groups is about to step.
+        """
+        self.world.step = self.step + 1
+        names = self.groups[group]
+        if scale != 1.0 and not (yield from self._finite(group)):
+            return
+        self._scale(names, 1.0 / scale)
+        for correction in self.corrections:
+            correction.on_gradient()
+        for gradient in self.gradients[group]:
+            yield from gradient.run()
+        self._scale(names, scale)
+
+    def _scale(self, names: list[str], factor: float) -> None:
+        if factor != 1.0 and (any(self.gradients) or self.corrections):
+            for name in names:
+                grad = self.parameters[name].grad
+                if grad is not None:
+                    grad.mul_(factor)
+
+    def _finite(self, group: int) -> Talk[bool]:
+        """Whether all gradients of all ranks are finite. If not, every rank's become infinite, so that all ranks skip."""
+        if not self.gradients[group]:
+            return True
+        grads = [g for name in self.groups[group] if (g := self.parameters[name].grad) is not None]
+        bad = torch.zeros(1, device=self.flat.lanes[0].live.device)
+        for g in grads:
+            bad += (~torch.isfinite(g)).any()
+        bad = yield self.world.all_reduce_max(bad, self.gradients[group][0].runner.label)
+        if float(bad) == 0.0:
+            return True
+        for g in grads:
+            g.fill_(float("inf"))
+        return False
+
+    def after_step(self) -> Talk[None]:
+        """After the optimizer step (also one that loss scaling skipped): the tick."""
+        self.step += 1
+        step = self.world.step = self.step
+        self._begun = False
+        if self.communicates(step):
+            self.flat.reclaim()
+        for runner in self.runners:
+            yield from self._tick(runner, step)
+        if self.buffer_runner is not None and self.buffer_runner.sync.when.due(step):
+            yield from self._sync_buffers(self.buffer_runner, step)
+
+    def _tick(self, runner: SyncRunner, step: int) -> Talk[None]:
+        due, order = runner.sync.when.due(step), getattr(runner.sync.apply, "order", "atc")
+        if due and order == "atc":
+            yield from self._round(runner, step)
+        else:
+            yield from runner.apply_due(step)
+
+    def _round(self, runner: SyncRunner, step: int) -> Talk[None]:
+        """The send half, then the apply half if it belongs to the same tick."""
+        if runner.sync.what.slot == "buffers":
+            yield from self._sync_buffers(runner, step)
+            return
+        if runner.sync.what.slot == "optimizer":
+            self._fill_optimizer_runner(runner)
+        if isinstance(runner.sync.apply, OneRound):  # it is waited for in this tick anyway, and its memory must be settled
+            yield from runner.land()
+        runner.send(step)
+        if runner.sync.apply.delay == 0:
+            yield from runner.apply(step)
+
+    def _sync_buffers(self, runner: SyncRunner, step: int) -> Talk[None]:
+        if not runner.lanes:
+            return
+        self.buffers.pack()
+        runner.send(step)
+        yield from runner.apply(step)
+        self.buffers.unpack()
+
+    def finish(self) -> Talk[None]:
+        """After the last step: apply what is in flight, then run the syncs that are due at the end."""
+        self.world.step = self.step
+        self.flat.reclaim()
+        for runner in self.runners:
+            for lane in runner.lanes:
+                yield from lane.drain()
+        for runner in self.runners:
+            if runner.sync.when.at_end:
+                yield from self._round(runner, self.step)
+        if self.buffer_runner is not None and self.buffer_runner.sync.when.at_end:
+            yield from self._sync_buffers(self.buffer_runner, self.step)
+
+    # ------------------------------------------------------------------ views and state
+
+    def consensus(self, label: str = "consensus") -> Talk[tuple[Tensor, list[Tensor]]]:
+        """The mean replica and how far the replicas are from it.
+
+        Returns ``(distance, means)``: ``distance`` is ``sqrt(mean_i ||x_i - mean||^2)`` over all parameters, ``means`` the
+        mean of each lane of :attr:`flat`, then of the buffers' message. Costs two all-reduces of the model (counted as
+        overhead).
+        """
+        means = []
+        lanes = self.flat.lanes
+        total = torch.zeros(1, dtype=torch.float64, device=lanes[0].live.device)
+        for lane in lanes:
+            mean = lane.live.to(lane.message_dtype, copy=True)
+            if self.world.size > 1:
+                mean = (yield self.world.all_reduce(mean, label, overhead=True)).mul_(1.0 / self.world.size)
+                total += (lane.live - mean).double().square().sum()
+            means.append(mean)
+        if self.world.size > 1:
+            total = (yield self.world.all_reduce(total, label, overhead=True)).div_(self.world.size)
+        if self.buffers.buffers:
+            self.buffers.pack()
+            mean = self.buffers.lane.live.clone()
+            if self.world.size > 1:
+                mean = (yield self.world.all_reduce(mean, label, overhead=True)).mul_(1.0 / self.world.size)
+            means.append(mean)
+        return total.sqrt(), means
+
+    def land(self) -> Talk[None]:
+        """Wait for everything in flight without applying it, so that the state can be saved."""
+        for runner in self.runners:
+            yield from runner.land()
+
+    def _all_runners(self) -> list[SyncRunner]:
+        extra = [self.buffer_runner] if self.buffer_runner is not None else []
+        return [g.runner for runners in self.gradients for g in runners] + self.runners + extra
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of this replica's plan that outlives a step: tensors and plain values only (:meth:`land` first)."""
+        return {
+            "plan": repr(self.plan),
+            "step": self.step,
+            "begun": self._begun,
+            "runners": [r.state_dict() for r in self._all_runners()],
+            "corrections": [c.state() for c in self.corrections],
+            "ledger": self.world.ledger.state_dict(),
+            "clock": self.world.clock.state_dict() if self.world.clock is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: the state belongs to another plan.
+        """
+        if state["plan"] != repr(self.plan):
+            raise ValueError(f"checkpoint was written by another plan: {state['plan']}, this run has {self.plan!r}")
+        self.step, self._begun = int(state["step"]), bool(state["begun"])
+        for runner, saved in zip(self._all_runners(), state["runners"], strict=True):
+            runner.load_state_dict(saved)
+        for correction, tensors in zip(self.corrections, state["corrections"], strict=True):
+            for name, tensor in correction.state().items():
+                tensor.copy_(tensors[name])
+        self.world.ledger.load_state_dict(state["ledger"])
+        if self.world.clock is not None and state["clock"] is not None:
+            self.world.clock.load_state_dict(state["clock"])
+
+
+def _no_lr(name: str) -> float:
+    raise RuntimeError(f"a correction needs the learning rate of {name!r}: give Engine(lr=...)")

@@ -1,0 +1,233 @@
+"""Plan and Sync: what a training method is, as plain data that is checked when it is made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_dopt._checks import check_choice, check_int
+from lightning_dopt._part import Part
+from lightning_dopt._random import key
+from lightning_dopt.apply import Apply, Blocking, Delay, OneRound
+from lightning_dopt.combine import Combine, Mixing
+from lightning_dopt.compress import Identity
+from lightning_dopt.compress.base import Codec, Compressor
+from lightning_dopt.compress.memory import Difference, Memory
+from lightning_dopt.local.base import Correction
+from lightning_dopt.outer import FromOptimizer, Nesterov, Outer
+from lightning_dopt.schedules import Every, When
+from lightning_dopt.topology import Complete
+from lightning_dopt.topology.base import Topology
+from lightning_dopt.what import What, what_of
+
+Signal = Literal["value", "delta"]
+
+
+class Sync(Part):
+    """One exchange, repeated: eight questions and their answers.
+
+    Args:
+        when: On which optimizer steps?
+        what: Which tensors? ``"parameters"``, ``"gradients"``, ``"buffers"``, ``"optimizer.<state>"`` or an object of
+            :mod:`lightning_dopt.what` that also selects by name.
+        signal: What is said about them? ``"value"`` sends the tensor itself; ``"delta"`` sends the change since the
+            anchor (``anchor - live``), which all ranks must share. ``None`` picks ``"delta"`` for parameters over the
+            complete graph when there is an outer optimizer or a lossy codec, ``"value"`` otherwise.
+        codec: How is it put on the wire? A compressor, or a memory around one.
+        peers: With whom, with which weights?
+        combine: How do messages become one?
+        outer: How does the reference move? An optimizer on the anchor; ``None`` takes the combined result as it is.
+            A plain function of the anchor tensors that returns a ``torch.optim`` optimizer is accepted, too.
+        apply: When and how do the live tensors take the result?
+
+    Raises:
+        ValueError: a combination that cannot work, with the reason and what to use instead.
+    """
+
+    def __init__(
+        self,
+        when: When | None = None,
+        what: What | str = "parameters",
+        signal: Signal | None = None,
+        codec: Codec | None = None,
+        peers: Topology | None = None,
+        combine: Combine | None = None,
+        outer: Outer | Callable[[list[Tensor]], Optimizer] | None = None,
+        apply: Apply | None = None,
+    ) -> None:
+        self.when = _typed("when", when if when is not None else Every(1), When)
+        self.what = what_of(what)
+        self.codec = _typed("codec", codec if codec is not None else Identity(), Codec)
+        self.peers = _typed("peers", peers if peers is not None else Complete(), Topology)
+        self.combine = _typed("combine", combine if combine is not None else Mixing(), Combine)
+        self.outer = outer if outer is None or isinstance(outer, Outer) else FromOptimizer(outer)
+        self.apply = _typed("apply", apply if apply is not None else Blocking(), Apply)
+        if signal is not None:
+            check_choice("Sync", "signal", signal, ("value", "delta"))
+        self.signal: Signal = signal if signal is not None else self._natural_signal()
+        _check_sync(self)
+
+    def _natural_signal(self) -> Signal:
+        over_mean = isinstance(self.peers, Complete) and not isinstance(self.codec, Difference)
+        changes = self.outer is not None or not is_exact(self.codec) or isinstance(self.apply, OneRound)
+        return "delta" if self.what.slot == "parameters" and over_mean and changes else "value"
+
+    @property
+    def label(self) -> str:
+        """Short name for logs and errors."""
+        key_ = getattr(self.what, "key", "")
+        match = getattr(self.what, "match", "*")
+        return self.what.slot + (f".{key_}" if key_ else "") + (f"[{match}]" if match != "*" else "")
+
+
+class Plan(Part):
+    """A training method: syncs in the order in which they run, and corrections of the inner step.
+
+    Args:
+        syncs: The syncs; with none, replicas train on their own.
+        corrections: Changes of the inner step that make biased methods exact, such as exact diffusion.
+        seed: Seed of everything random in the plan (random codecs), shared by all ranks.
+
+    Raises:
+        ValueError: a bad seed, or syncs that contradict each other.
+    """
+
+    def __init__(self, syncs: Sequence[Sync] = (), corrections: Sequence[Correction] = (), seed: int = 0) -> None:
+        self.syncs = [_typed("syncs", s, Sync, "Plan") for s in syncs]
+        self.corrections = [_typed("corrections", c, Correction, "Plan") for c in corrections]
+        self.seed = check_int("Plan", "seed", seed, 0)
+        for correction in self.corrections:
+            correction.check(self)
+
+    def __iter__(self) -> Iterator[Sync]:
+        return iter(self.syncs)
+
+    def labels(self) -> list[str]:
+        """One name per sync, made unique by numbering repeats."""
+        seen: dict[str, int] = {}
+        names = []
+        for sync in self.syncs:
+            seen[sync.label] = seen.get(sync.label, 0) + 1
+            names.append(sync.label if seen[sync.label] == 1 else f"{sync.label}#{seen[sync.label]}")
+        return names
+
+    def check(self, n: int) -> None:
+        """Check that the plan makes sense for ``n`` workers.
+
+        Raises:
+            ValueError: it does not, in one line with the reason.
+        """
+        check_int("Plan.check", "n", n, 1)
+        mixes_parameters = any(s.what.slot == "parameters" for s in self.syncs)
+        for sync in self.syncs:
+            sync.peers.check(n)
+            mean = sync.peers.is_mean(n)
+            if sync.signal == "delta" and not mean:
+                raise ValueError(
+                    f"Sync(signal='delta', peers={sync.peers!r}): anchors of ranks that do not all hear each other drift "
+                    "apart; use signal='value' (with codec=Difference(...) if it is lossy) or peers=Complete()"
+                )
+            if isinstance(sync.codec, Difference) and sync.peers.period(n) != 1:
+                raise ValueError(
+                    f"Sync(codec={sync.codec!r}, peers={sync.peers!r}): Difference keeps copies of fixed neighbours; use a "
+                    "static topology or an exact codec"
+                )
+            if sync.what.slot == "gradients" and not mean and not mixes_parameters:
+                raise ValueError(
+                    f"Sync(what='gradients', peers={sync.peers!r}): replicas would drift apart; use peers=Complete() or add "
+                    "a sync of the parameters"
+                )
+
+    def sync_seed(self, index: int) -> int:
+        """Seed of the random codecs of sync number ``index``."""
+        return key(self.seed, index)
+
+
+def is_exact(codec: Codec) -> bool:
+    """Whether the codec changes nothing."""
+    return isinstance(codec, Identity)
+
+
+def _typed(name: str, value: object, kind: type, owner: str = "Sync") -> object:  # type: ignore[explicit-any]
+    if not isinstance(value, kind):
+        raise ValueError(f"{owner}({name}={value!r}): must be a {kind.__module__}.{kind.__name__} object")
+    return value
+
+
+def _check_sync(sync: Sync) -> None:
+    slot, compressor = sync.what.slot, _inner(sync.codec)
+    if slot == "gradients":
+        _check_gradients(sync)
+    if slot != "parameters" and sync.outer is not None:
+        raise ValueError(f"Sync(what={sync.what!r}, outer={sync.outer!r}): only parameters have an anchor to move")
+    if slot != "parameters" and sync.signal == "delta":
+        raise ValueError(f"Sync(what={sync.what!r}, signal='delta'): only parameters have an anchor, use signal='value'")
+    if slot in ("buffers", "optimizer") and not is_exact(sync.codec):
+        raise ValueError(f"Sync(what={sync.what!r}, codec={sync.codec!r}): states are sent as they are, use Identity()")
+    if isinstance(sync.codec, Difference) and sync.signal != "value":
+        raise ValueError(f"Sync(signal='delta', codec={sync.codec!r}): Difference codes values, use signal='value'")
+    if slot == "parameters" and sync.signal == "value" and not is_exact(sync.codec) and not isinstance(sync.codec, Difference):
+        raise ValueError(
+            f"Sync(signal='value', codec={sync.codec!r}): packing the weights themselves does not converge; use "
+            f"codec=Difference({compressor!r}), or signal='delta' over Complete()"
+        )
+    if not sync.combine.linear and isinstance(sync.codec, Memory) and sync.codec.shifts:
+        raise ValueError(f"Sync(codec={sync.codec!r}, combine={sync.combine!r}): this memory needs a weighted sum")
+    _check_apply(sync)
+    _warn(sync, compressor)
+
+
+def _check_gradients(sync: Sync) -> None:
+    if sync.apply != Blocking():
+        raise ValueError(f"Sync(what='gradients', apply={sync.apply!r}): gradients are due before the step, use Blocking()")
+    if sync.when != Every(1):
+        raise ValueError(f"Sync(what='gradients', when={sync.when!r}): replicas would drift apart, use Every(1)")
+    if isinstance(sync.codec, Difference):
+        raise ValueError(f"Sync(what='gradients', codec={sync.codec!r}): use ErrorFeedback or EF21 for gradients")
+
+
+def _check_apply(sync: Sync) -> None:
+    delay = sync.apply.delay
+    if isinstance(sync.apply, Delay):
+        if not isinstance(sync.when, Every) or delay >= sync.when.n:
+            raise ValueError(
+                f"Sync(when={sync.when!r}, apply={sync.apply!r}): the delay must be shorter than the period of an Every"
+            )
+    if isinstance(sync.apply, OneRound) and sync.signal != "delta":
+        raise ValueError(f"Sync(signal='value', apply={sync.apply!r}): OneRound corrects deltas, use signal='delta'")
+    if sync.when.at_end and sync.apply != Blocking():
+        raise ValueError(f"Sync(when={sync.when!r}, apply={sync.apply!r}): nothing follows the last step, use Blocking()")
+    if sync.what.slot in ("buffers", "optimizer") and sync.apply != Blocking():
+        raise ValueError(f"Sync(what={sync.what!r}, apply={sync.apply!r}): states are taken at once, use Blocking()")
+    if isinstance(sync.apply, Blocking) and sync.apply.order != "atc" and sync.what.slot != "parameters":
+        raise ValueError(f"Sync(what={sync.what!r}, apply={sync.apply!r}): an order is for parameters, use Blocking()")
+    if getattr(_inner(sync.codec), "layerwise", False) and isinstance(sync.apply, OneRound) and sync.apply.inflight != 0.0:
+        raise ValueError(f"Sync(codec={sync.codec!r}, apply={sync.apply!r}): this codec needs OneRound(inflight=0)")
+
+
+def _warn(sync: Sync, compressor: Compressor) -> None:
+    if isinstance(sync.codec, Compressor) and sync.combine.linear and sync.what.slot in ("parameters", "gradients"):
+        delta = compressor.contraction((1 << 20,))
+        if delta is not None and delta < 0.5 and compressor.variance((1 << 20,)) is None:
+            warnings.warn(
+                f"Sync(codec={compressor!r}): drops much of each message and nothing remembers it, which can diverge; use "
+                f"codec=ErrorFeedback({compressor!r})",
+                stacklevel=4,
+            )
+    delayed = isinstance(sync.apply, OneRound) and sync.apply.inflight == 0.0
+    if delayed and isinstance(sync.outer, Nesterov) and sync.outer.momentum >= 0.5 and sync.outer.lr >= 0.6:
+        warnings.warn(
+            f"Sync(outer={sync.outer!r}, apply={sync.apply!r}): unstable for directions that converge within a round "
+            "(lr * share must stay below 0.56 at momentum 0.5 and 0.25 at 0.9); lower lr or use OneRound('own_share')",
+            stacklevel=4,
+        )
+
+
+def _inner(codec: Codec) -> Compressor:
+    inner = codec.codec if isinstance(codec, Memory) else codec
+    assert isinstance(inner, Compressor)
+    return inner

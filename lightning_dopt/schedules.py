@@ -1,0 +1,122 @@
+"""When: on which optimizer steps a sync is due."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from lightning_dopt._checks import check_float, check_int
+from lightning_dopt._part import Part
+from lightning_dopt._random import uniform
+
+
+class When(Part, ABC):
+    """A schedule over optimizer steps.
+
+    Steps are numbered from 1 and count *attempted* steps of the clock optimizer (after gradient accumulation; a step
+    that loss scaling skips still counts). The answer depends on the number and on shared seeds alone, so all ranks
+    agree without talking.
+    """
+
+    at_end: bool = False
+    """Whether the sync runs once more after the last step of training."""
+
+    @abstractmethod
+    def due(self, step: int) -> bool:
+        """Whether the sync belongs to optimizer step ``step`` (1 is the first)."""
+
+
+class Every(When):
+    """Every ``n``-th step: due when ``step > offset`` and ``(step - offset) % n == 0``.
+
+    Args:
+        n: The period in optimizer steps (called H, tau or K in papers). With ``offset=0`` the first sync belongs to
+            step ``n``, so every round, the first included, has exactly ``n`` steps.
+        offset: Shifts the whole schedule by that many steps.
+
+    Raises:
+        ValueError: ``n < 1`` or ``offset < 0``.
+    """
+
+    def __init__(self, n: int = 1, offset: int = 0) -> None:
+        self.n = check_int("Every", "n", n, 1)
+        self.offset = check_int("Every", "offset", offset, 0)
+
+    def due(self, step: int) -> bool:
+        """See :meth:`When.due`."""
+        return step > self.offset and (step - self.offset) % self.n == 0
+
+
+class Bernoulli(When):
+    """Each step is due with probability ``p``, drawn from ``(seed, step)`` and so the same on all ranks.
+
+    Args:
+        p: Probability in (0, 1].
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: ``p`` outside (0, 1] or a negative seed.
+    """
+
+    def __init__(self, p: float, seed: int = 0) -> None:
+        self.p = check_float("Bernoulli", "p", p, 0.0, 1.0, open_low=True)
+        self.seed = check_int("Bernoulli", "seed", seed, 0)
+
+    def due(self, step: int) -> bool:
+        """See :meth:`When.due`."""
+        return uniform(self.seed, step) < self.p
+
+
+class After(When):
+    """Nothing during the first ``start`` steps, then ``when`` with its steps counted from there.
+
+    Args:
+        start: Number of steps without a sync.
+        when: The schedule that follows, whose step 1 is step ``start + 1``.
+
+    Raises:
+        ValueError: ``start < 0``.
+    """
+
+    def __init__(self, start: int, when: When) -> None:
+        self.start = check_int("After", "start", start, 0)
+        self.when = when
+
+    def due(self, step: int) -> bool:
+        """See :meth:`When.due`."""
+        return step > self.start and self.when.due(step - self.start)
+
+
+class Until(When):
+    """``when`` during the first ``stop`` steps, nothing afterwards.
+
+    Together with :class:`After` this composes phases: post-local SGD is a sync with ``Until(1000, Every(1))`` beside
+    one with ``After(1000, Every(8))``.
+
+    Args:
+        stop: Last step on which ``when`` is asked.
+        when: The schedule of the first phase.
+
+    Raises:
+        ValueError: ``stop < 1``.
+    """
+
+    def __init__(self, stop: int, when: When) -> None:
+        self.stop = check_int("Until", "stop", stop, 1)
+        self.when = when
+
+    def due(self, step: int) -> bool:
+        """See :meth:`When.due`."""
+        return step <= self.stop and self.when.due(step)
+
+
+class AtEnd(When):
+    """Once, after the last step of training (lo-fi, final merging)."""
+
+    at_end = True
+
+    def __init__(self) -> None:
+        pass
+
+    def due(self, step: int) -> bool:
+        """Never during training."""
+        return False

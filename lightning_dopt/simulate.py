@@ -1,0 +1,107 @@
+"""Many workers in one process: run a plan exactly, without processes, and read off bytes and virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_dopt._checks import check_int
+from lightning_dopt.comm.link import Link
+from lightning_dopt.comm.simulated import SimulatedWorld, lockstep
+from lightning_dopt.comm.world import Talk
+from lightning_dopt.engine import Engine
+from lightning_dopt.plan import Plan
+
+Replica = dict[str, Tensor]
+
+
+class Simulation:
+    """``n`` replicas that follow a plan in lockstep, each with its own parameters, optimizer and engine.
+
+    The engine is the one that real processes run; only the world differs. Equal seeds give equal numbers in both.
+
+    Args:
+        plan: What to do.
+        n: Number of workers.
+        init: Makes the parameters of a rank, ``{name: tensor}``.
+        backward: Called with (rank, parameters, step) before each step; sets ``grad`` of the parameters.
+        optimizer: Makes the inner optimizer of a list of parameters, such as ``lambda ps: torch.optim.SGD(ps, lr=0.1)``.
+        link: Speed of each worker's link, for virtual time; ``None`` measures no time.
+        step_seconds: Virtual seconds that one inner step takes, one number or one per rank.
+
+    Raises:
+        ValueError: ``n < 1``, a plan that does not suit ``n``, or the wrong number of step times.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        n: int,
+        init: Callable[[int], Mapping[str, Tensor]],
+        backward: Callable[[int, Replica, int], None],
+        optimizer: Callable[[list[Tensor]], Optimizer],
+        link: Link | None = None,
+        step_seconds: float | Sequence[float] = 0.0,
+    ) -> None:
+        check_int("Simulation", "n", n, 1)
+        self.seconds = [step_seconds] * n if isinstance(step_seconds, (int, float)) else list(step_seconds)
+        if len(self.seconds) != n:
+            raise ValueError(f"Simulation(step_seconds={step_seconds!r}): must be one number or {n} numbers")
+        self.backward = backward
+        self.worlds = SimulatedWorld.create(n, link)
+        self.replicas: list[Replica] = [{k: t.detach().clone().requires_grad_() for k, t in init(i).items()} for i in range(n)]
+        self.optimizers = [optimizer(list(r.values())) for r in self.replicas]
+        self.engines = [
+            Engine(plan, replica, world, lr=_lr_of(opt), optimizer_state=_state_of(opt, replica))
+            for replica, world, opt in zip(self.replicas, self.worlds, self.optimizers, strict=True)
+        ]
+
+    def run(self, steps: int) -> Simulation:
+        """Train for ``steps`` optimizer steps."""
+        for _ in range(steps):
+            self._all(Engine.before_step)
+            for rank, (replica, opt) in enumerate(zip(self.replicas, self.optimizers, strict=True)):
+                opt.zero_grad()
+                self.backward(rank, replica, self.engines[rank].step + 1)
+                clock = self.worlds[rank].clock
+                if clock is not None:
+                    clock.compute(self.seconds[rank])
+            self._all(Engine.on_gradients)
+            for opt in self.optimizers:
+                opt.step()
+            self._all(Engine.after_step)
+        return self
+
+    def finish(self) -> Simulation:
+        """End of training: apply what is in flight and run the syncs that are due at the end."""
+        self._all(Engine.finish)
+        return self
+
+    def _all(self, part: Callable[[Engine], Talk[None]]) -> None:
+        with torch.no_grad():
+            lockstep([part(engine) for engine in self.engines])
+
+    def stacked(self, name: str = "x") -> Tensor:
+        """One parameter of all ranks, shape (n, ...)."""
+        return torch.stack([r[name].detach() for r in self.replicas])
+
+    def distance(self) -> float:
+        """Consensus distance ``sqrt(mean_i ||x_i - mean||^2)``."""
+        with torch.no_grad():
+            return float(lockstep([engine.consensus() for engine in self.engines])[0][0])
+
+    @property
+    def bytes(self) -> list[int]:
+        """Payload bytes sent by each rank."""
+        return [w.ledger.bytes for w in self.worlds]
+
+
+def _lr_of(optimizer: Optimizer) -> Callable[[str], float]:
+    return lambda name: float(optimizer.param_groups[0]["lr"])
+
+
+def _state_of(optimizer: Optimizer, replica: Replica) -> Callable[[str, str], Tensor]:
+    return lambda name, key: optimizer.state[replica[name]][key]

@@ -1,0 +1,103 @@
+"""What: which tensors a sync is about."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from lightning_dopt._part import Part
+
+
+class What(Part):
+    """A slot (a family of tensors that each replica has) and the part of it that is selected."""
+
+    slot: str
+
+
+class Parameters(What):
+    """Trainable parameters, synchronised around the optimizer step.
+
+    Args:
+        match: Pattern on parameter names as in ``module.named_parameters()`` (``*``, ``?`` and ``[...]`` as in a
+            shell), for example ``"*.lora_*"`` or ``"backbone.*"``.
+
+    Raises:
+        ValueError: an empty pattern.
+    """
+
+    slot = "parameters"
+
+    def __init__(self, match: str = "*") -> None:
+        if not isinstance(match, str) or not match:
+            raise ValueError(f"{type(self).__name__}(match={match!r}): must be a pattern such as '*' or 'head.*'")
+        self.match = match
+
+    def selects(self, name: str) -> bool:
+        """Whether the tensor called ``name`` is selected."""
+        return fnmatchcase(name, self.match)
+
+
+class Gradients(Parameters):
+    """Gradients, synchronised after backward and before clipping and the optimizer step.
+
+    Args:
+        match: Pattern on parameter names.
+
+    Raises:
+        ValueError: an empty pattern.
+    """
+
+    slot = "gradients"
+
+
+class OptimizerState(What):
+    """One state tensor per parameter of the clock optimizer, for example ``exp_avg`` of Adam.
+
+    Args:
+        key: Name of the state as in ``optimizer.state[p]``.
+        match: Pattern on parameter names.
+
+    Raises:
+        ValueError: an empty key or pattern.
+    """
+
+    slot = "optimizer"
+
+    def __init__(self, key: str, match: str = "*") -> None:
+        if not isinstance(key, str) or not key:
+            raise ValueError(f"OptimizerState(key={key!r}): must name a state of the optimizer, such as 'exp_avg'")
+        if not isinstance(match, str) or not match:
+            raise ValueError(f"OptimizerState(match={match!r}): must be a pattern such as '*' or 'head.*'")
+        self.key = key
+        self.match = match
+
+    def selects(self, name: str) -> bool:
+        """Whether the state of the parameter called ``name`` is selected."""
+        return fnmatchcase(name, self.match)
+
+
+class Buffers(What):
+    """Floating point buffers of the module, such as BatchNorm's running statistics."""
+
+    slot = "buffers"
+
+    def __init__(self) -> None:
+        pass
+
+
+Selectable = Parameters | OptimizerState
+
+
+def what_of(value: What | str) -> What:
+    """Turn the short names into objects.
+
+    Raises:
+        ValueError: an unknown name, listing the known ones.
+    """
+    if isinstance(value, What):
+        return value
+    if isinstance(value, str) and value.startswith("optimizer.") and len(value) > len("optimizer."):
+        return OptimizerState(value.removeprefix("optimizer."))
+    known: dict[str, type[What]] = {"parameters": Parameters, "gradients": Gradients, "buffers": Buffers}
+    if value not in known:
+        raise ValueError(f"Sync(what={value!r}): must be one of 'parameters', 'gradients', 'buffers', 'optimizer.<state>'")
+    return known[value]()
