@@ -22,6 +22,9 @@ def numel(shape: Shape) -> int:
 class Codec(Part, ABC):
     """Whatever may stand in a sync's ``codec``: a :class:`Compressor`, or a memory wrapped around one."""
 
+    def __init__(self) -> None:
+        """Takes no arguments unless a subclass does."""
+
 
 class Compressor(Codec):
     """A stateless lossy (or exact) packing of one floating point tensor into one contiguous ``uint8`` message.
@@ -47,7 +50,7 @@ class Compressor(Codec):
 
     @abstractmethod
     def encode(self, x: Tensor, seed: int = 0) -> Tensor:
-        """Pack ``x`` (float32 or float64, any shape) into a 1-D ``uint8`` tensor of ``payload_bytes(x.shape)`` bytes."""
+        """Pack ``x`` (floating point, any shape) into a 1-D ``uint8`` tensor of ``payload_bytes(x.shape)`` bytes."""
 
     @abstractmethod
     def decode_add(self, payload: Tensor, out: Tensor, weight: float = 1.0, seed: int = 0) -> None:
@@ -64,7 +67,7 @@ class Compressor(Codec):
         return self.decode(self.encode(x, seed), x.shape, x.dtype, seed)
 
     def contraction(self, shape: Shape) -> float | None:
-        """Largest known ``delta`` with ``E||C(x) - x||^2 <= (1 - delta) ||x||^2`` for all x, ``None`` if there is none."""
+        """Largest known ``delta`` with ``E||C(x) - x||^2 <= (1 - delta) ||x||^2`` for all x, if one is known."""
         return None
 
     def variance(self, shape: Shape) -> float | None:

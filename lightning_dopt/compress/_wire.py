@@ -1,0 +1,137 @@
+"""Messages as bytes: typed sections, bit and nibble packing, tiles that stay in cache."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_dopt.compress.base import Compressor, Shape, numel
+
+TILE = 1 << 17
+"""Elements handled at a time on a CPU: scratch of this size stays in cache, whole-tensor temporaries page-fault."""
+
+
+class FlatCompressor(Compressor):
+    """A compressor that sees the elements in row-major order and ignores the shape.
+
+    A subclass implements :meth:`pack` and :meth:`unpack_add` for a contiguous vector of at least one element; empty,
+    strided, half-precision, float64 and gradient-tracking tensors are dealt with here. Values travel as float32 at
+    most.
+    """
+
+    @abstractmethod
+    def pack(self, flat: Tensor, seed: int) -> Tensor:
+        """Encode a contiguous float32 vector of at least one element."""
+
+    @abstractmethod
+    def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
+        """Add ``weight`` times the decoded message to the contiguous vector ``flat`` in place."""
+
+    def encode(self, x: Tensor, seed: int = 0) -> Tensor:
+        """See :meth:`Compressor.encode`; the values are rounded to float32 first."""
+        if x.numel() == 0:
+            return torch.empty(0, dtype=torch.uint8, device=x.device)
+        return self.pack(x.detach().reshape(-1).to(torch.float32), seed)
+
+    def decode_add(self, payload: Tensor, out: Tensor, weight: float = 1.0, seed: int = 0) -> None:
+        """See :meth:`Compressor.decode_add`; ``out`` may be strided and of any floating point type.
+
+        Raises:
+            ValueError: the message does not have the length that the shape of ``out`` calls for.
+        """
+        check_length(self, payload, out.shape)
+        if out.numel() == 0:
+            return
+        target = out.detach()
+        if target.is_contiguous():
+            self.unpack_add(payload, target.view(-1), weight, seed)
+        else:
+            flat = torch.zeros(out.numel(), dtype=out.dtype, device=out.device)
+            self.unpack_add(payload, flat, weight, seed)
+            target.add_(flat.view(out.shape))
+
+
+def check_length(compressor: Compressor, payload: Tensor, shape: Shape) -> None:
+    """Raise ``ValueError`` if the message is not as long as the compressor says for that shape."""
+    expected = compressor.payload_bytes(shape)
+    if payload.numel() != expected:
+        raise ValueError(
+            f"{compressor!r}: a message of {payload.numel()} bytes, but shape {tuple(shape)} takes {expected}"
+        )
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """The memory of a tensor as a ``uint8`` vector (a view if it is contiguous)."""
+    return values.contiguous().view(-1).view(torch.uint8)
+
+
+def section(payload: Tensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    """``count`` values of ``dtype`` that begin at byte ``start``: a view where the address is aligned, else a copy."""
+    part = payload[start : start + count * dtype.itemsize]
+    aligned = part.is_contiguous() and part.storage_offset() % dtype.itemsize == 0
+    return (part if aligned else part.clone(memory_format=torch.contiguous_format)).view(dtype)
+
+
+def block_count(shape: Shape, block: int) -> int:
+    """Number of blocks of ``block`` elements, the last one possibly shorter."""
+    return -(-numel(shape) // block)
+
+
+def tiles(d: int, block: int, device: torch.device) -> Iterator[tuple[int, int, int]]:
+    """Cut ``d`` elements into pieces ``(first, last, width)`` of whole blocks of ``width``, then the shorter block."""
+    width = min(block, d)
+    whole = d - d % width
+    step = max(1, TILE // width) * width if device.type == "cpu" else whole
+    for first in range(0, whole, step):
+        yield first, min(first + step, whole), width
+    if whole < d:
+        yield whole, d, d - whole
+
+
+def add_scaled(flat: Tensor, codes: Tensor, scales: Tensor, block: int, weight: float) -> None:
+    """``flat += weight * scale of the block * code`` for int8 ``codes``, in at least float32."""
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    factors = scales.to(dtype) * weight
+    scratch = torch.empty(0, dtype=dtype, device=flat.device)
+    row = 0
+    for first, last, width in tiles(flat.numel(), block, flat.device):
+        rows = (last - first) // width
+        values = scratch.resize_(last - first).copy_(codes[first:last]).view(rows, width)
+        values.mul_(factors[row : row + rows, None])
+        flat[first:last].add_(values.view(-1))
+        row += rows
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Eight booleans to a byte, the first in the lowest bit; a last incomplete byte is filled with zeros."""
+    d = bits.numel()
+    if d % 8:
+        bits = torch.cat([bits, bits.new_zeros(8 - d % 8)])
+    # One multiplication gathers the lowest bits of eight bytes in the top byte of a 64-bit word.
+    return bits.view(torch.int64).mul(0x0102040810204080).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def unpack_signs(packed: Tensor, d: int) -> Tensor:
+    """The ``d`` signs of :func:`pack_bits` as int8: +1 for a set bit, -1 for a clear one."""
+    byte = torch.arange(256, dtype=torch.int32, device=packed.device)[:, None]
+    table = ((byte >> torch.arange(8, dtype=torch.int32, device=packed.device)) & 1).mul_(2).sub_(1).to(torch.int8)
+    words = table.view(torch.int64).view(-1).index_select(0, packed.to(torch.int32))
+    return words.view(torch.int8)[:d]
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Two codes in [-8, 7] to a byte: the first half of the vector in the low nibbles, the second in the high ones."""
+    half = (codes.numel() + 1) // 2
+    packed = codes[:half].bitwise_and(15).view(torch.uint8)
+    packed[: codes.numel() - half].bitwise_or_(codes[half:].view(torch.uint8).bitwise_left_shift(4))
+    return packed
+
+
+def unpack_nibbles(packed: Tensor, d: int) -> Tensor:
+    """The ``d`` codes of :func:`pack_nibbles` as int8."""
+    signed = packed.view(torch.int8)
+    low = signed.bitwise_left_shift(4).bitwise_right_shift_(4)  # the shift to the right spreads the sign bit
+    return torch.cat([low, signed.bitwise_right_shift(4)])[:d]

@@ -1,0 +1,57 @@
+"""Compressors and memories by name, for command lines and configuration files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from lightning_dopt.compress.base import Codec, Compressor
+from lightning_dopt.compress.dense import BF16, FP16, Identity
+from lightning_dopt.compress.lowrank import LowRank
+from lightning_dopt.compress.memory import EF21, Difference, EControl, ErrorFeedback
+from lightning_dopt.compress.quantize import Int4, Int8
+from lightning_dopt.compress.sign import Sign
+from lightning_dopt.compress.sparse import RandK, TopK
+
+_CLASSES: tuple[type[Codec], ...] = (
+    Identity,
+    BF16,
+    FP16,
+    Int8,
+    Int4,
+    Sign,
+    TopK,
+    RandK,
+    LowRank,
+    ErrorFeedback,
+    EF21,
+    EControl,
+    Difference,
+)
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def names() -> list[str]:
+    """The names :func:`by_name` knows, in snake case; compressors before memories."""
+    return [_snake(cls.__name__) for cls in _CLASSES]
+
+
+def by_name(name: str, **arguments: Compressor | float | bool) -> Codec:
+    """The compressor or memory called ``name``.
+
+    Args:
+        name: in snake case (``"top_k"``) or as the class is called (``"TopK"``).
+        **arguments: those of its constructor, e.g. ``ratio=0.01``.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+        TypeError: arguments that it does not take, or lacks.
+    """
+    for cls in _CLASSES:
+        if name in (cls.__name__, _snake(cls.__name__)):
+            make: Callable[..., Codec] = cls
+            return make(**arguments)
+    raise ValueError(f"by_name(name={name!r}): must be one of {', '.join(names())}")
