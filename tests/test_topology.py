@@ -314,6 +314,7 @@ def test_summary_of_a_changing_graph() -> None:
     assert found.rate == pytest.approx(consensus_rate(product(OnePeerExponential(), 6).matrix), abs=1e-12)
     assert found.rate_per_round**3 == pytest.approx(found.rate, abs=1e-12)
     assert found.spectral_gap == pytest.approx(1 - found.rate_per_round)
+    assert found.lambda_min == pytest.approx(0, abs=1e-12)  # 1/4 in the later rounds
     assert summary(OnePeerExponential(), 8).rate == 0
     assert summary(Star(), 8).messages == pytest.approx(2 * 7 / 8)
     assert summary(RandomPairs(), 7).rounds == 7
