@@ -1,0 +1,1 @@
+"""Ready-made tasks: LightningModules, data modules and the YAML files that train them."""
