@@ -64,7 +64,7 @@ class Rebase(Merge):
         """See :class:`Merge`."""
         if sent is None:
             raise RuntimeError("Rebase needs the live tensor as it was when the message left")
-        live.add_(new.to(live.dtype)).sub_(sent)
+        live.add_(new - sent)  # the difference first: narrow types keep small progress, an equal result is a no-op
 
 
 class Apply(Part, ABC):

@@ -42,7 +42,9 @@ class LaneRunner:
         sync, same_dtype = self.sync, self.lane.live.dtype == self.lane.message_dtype
         at_rest = sync.apply == Blocking() or sync.apply == Blocking(order="cta")
         plain = isinstance(sync.codec, Identity) and self.channel.sums
-        return sync.signal == "value" and at_rest and same_dtype and plain and self.anchor is None and not self.corrections
+        return (
+            sync.signal == "value" and at_rest and same_dtype and plain and self.anchor is None and not self.corrections
+        )
 
     def send(self, step: int, round_: int) -> None:
         """The send half: snapshot, encode, start the transfer."""
@@ -125,7 +127,9 @@ class LaneRunner:
             self.lane.live.add_(moved.to(self.lane.live.dtype))
 
     def due(self, step: int) -> bool:
-        """Whether the oldest message in flight must be applied at ``step``."""
+        """Whether the oldest message in flight must be applied at ``step``, apart from any new send."""
+        if isinstance(self.sync.apply, OneRound):  # its apply half belongs to the next send
+            return False
         return bool(self.flights) and step >= self.flights[0].step + self.sync.apply.delay
 
     def land(self) -> Talk[None]:
@@ -276,7 +280,9 @@ class Engine:
     def _selected(self, sync: Sync) -> list[str]:
         names = [name for name in self.parameters if sync.what.selects(name)]  # type: ignore[attr-defined]
         if not names:
-            raise ValueError(f"Sync(what={sync.what!r}): selects none of the {len(self.parameters)} trainable parameters")
+            raise ValueError(
+                f"Sync(what={sync.what!r}): selects none of the {len(self.parameters)} trainable parameters"
+            )
         return names
 
     def _runner(self, index: int, sync: Sync, label: str, lanes: list[Lane]) -> SyncRunner:
@@ -286,7 +292,9 @@ class Engine:
         for correction in corrections:
             if sync.what.slot in correction.slots:
                 correction.prepare(sync.what.slot, lanes)
-        return SyncRunner(sync, label, [LaneRunner(sync, lane, ch, corrections) for lane, ch in zip(lanes, channels, strict=True)])
+        return SyncRunner(
+            sync, label, [LaneRunner(sync, lane, ch, corrections) for lane, ch in zip(lanes, channels, strict=True)]
+        )
 
     def _add(self, index: int, sync: Sync, label: str) -> None:
         slot = sync.what.slot
@@ -348,6 +356,7 @@ class Engine:
         for runner in self.runners:
             order = getattr(runner.sync.apply, "order", "atc")
             if order != "atc" and runner.sync.when.due(step):
+                self.flat.reclaim()
                 runner.send(step)
                 if order == "cta":
                     yield from runner.apply(step)
@@ -418,7 +427,9 @@ class Engine:
             return
         if runner.sync.what.slot == "optimizer":
             self._fill_optimizer_runner(runner)
-        if isinstance(runner.sync.apply, OneRound):  # it is waited for in this tick anyway, and its memory must be settled
+        if isinstance(
+            runner.sync.apply, OneRound
+        ):  # it is waited for in this tick anyway, and its memory must be settled
             yield from runner.land()
         runner.send(step)
         if runner.sync.apply.delay == 0:

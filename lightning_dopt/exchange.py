@@ -110,6 +110,8 @@ class Channel:
         signal = message
         value = self.memory.load(signal, self.memory_state) if self.memory is not None else signal
         if self.sums:
+            if need_own:
+                own_out.append(self.compressor.roundtrip(value, key(self.seed, step)).mul_(self.scale))
             own, mixed = yield from self._summed(value, step)
             if self.memory is not None:
                 self.memory.sent(own, self.memory_state)
@@ -174,7 +176,9 @@ class Channel:
 
     def _pack(self, value: Tensor, seed: int) -> Tensor:
         if isinstance(self.compressor, Identity):
-            return value.view(torch.uint8)
+            return (value if self.memory is None else value.clone()).view(
+                torch.uint8
+            )  # memories change it before it left
         if not self.compressor.layerwise:
             return self.compressor.encode(value, seed)
         return torch.cat([self.compressor.encode(v, key(seed, k)) for k, v in enumerate(self.lane.views(value))])
@@ -193,7 +197,9 @@ class Channel:
 
     def tensors(self) -> dict[str, Tensor]:
         """The memory's and the codec's state, for a checkpoint."""
-        return {f"memory.{k}": t for k, t in self.memory_state.items()} | {f"codec.{k}": t for k, t in self.codec_state.items()}
+        return {f"memory.{k}": t for k, t in self.memory_state.items()} | {
+            f"codec.{k}": t for k, t in self.codec_state.items()
+        }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Continue from saved state."""

@@ -116,6 +116,10 @@ class FromOptimizer(Outer):
             raise TypeError(f"FromOptimizer(optimizer={optimizer!r}): must be a function of a list of tensors")
         self.optimizer = optimizer
 
+    def __repr__(self) -> str:
+        name = getattr(self.optimizer, "__qualname__", None)  # no address: checkpoints compare plans by their text
+        return f"FromOptimizer(optimizer={name})" if name else super().__repr__()
+
     def build(self, anchors: list[Tensor]) -> Optimizer:
         """See :meth:`Outer.build`."""
         return self.optimizer(anchors)

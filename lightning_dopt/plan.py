@@ -16,7 +16,7 @@ from lightning_dopt.apply import Apply, Blocking, Delay, OneRound
 from lightning_dopt.combine import Combine, Mixing
 from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Codec, Compressor
-from lightning_dopt.compress.memory import Difference, Memory
+from lightning_dopt.compress.memory import EF21, Difference, Memory
 from lightning_dopt.local.base import Correction
 from lightning_dopt.outer import FromOptimizer, Nesterov, Outer
 from lightning_dopt.schedules import Every, When
@@ -165,17 +165,24 @@ def _check_sync(sync: Sync) -> None:
     if slot != "parameters" and sync.outer is not None:
         raise ValueError(f"Sync(what={sync.what!r}, outer={sync.outer!r}): only parameters have an anchor to move")
     if slot != "parameters" and sync.signal == "delta":
-        raise ValueError(f"Sync(what={sync.what!r}, signal='delta'): only parameters have an anchor, use signal='value'")
+        raise ValueError(
+            f"Sync(what={sync.what!r}, signal='delta'): only parameters have an anchor, use signal='value'"
+        )
     if slot in ("buffers", "optimizer") and not is_exact(sync.codec):
         raise ValueError(f"Sync(what={sync.what!r}, codec={sync.codec!r}): states are sent as they are, use Identity()")
     if isinstance(sync.codec, Difference) and sync.signal != "value":
         raise ValueError(f"Sync(signal='delta', codec={sync.codec!r}): Difference codes values, use signal='value'")
-    if slot == "parameters" and sync.signal == "value" and not is_exact(sync.codec) and not isinstance(sync.codec, Difference):
+    if (
+        slot == "parameters"
+        and sync.signal == "value"
+        and not is_exact(sync.codec)
+        and not isinstance(sync.codec, Difference)
+    ):
         raise ValueError(
             f"Sync(signal='value', codec={sync.codec!r}): packing the weights themselves does not converge; use "
             f"codec=Difference({compressor!r}), or signal='delta' over Complete()"
         )
-    if not sync.combine.linear and isinstance(sync.codec, Memory) and sync.codec.shifts:
+    if not sync.combine.linear and isinstance(sync.codec, (EF21, Difference)):
         raise ValueError(f"Sync(codec={sync.codec!r}, combine={sync.combine!r}): this memory needs a weighted sum")
     _check_apply(sync)
     _warn(sync, compressor)
@@ -183,7 +190,9 @@ def _check_sync(sync: Sync) -> None:
 
 def _check_gradients(sync: Sync) -> None:
     if sync.apply != Blocking():
-        raise ValueError(f"Sync(what='gradients', apply={sync.apply!r}): gradients are due before the step, use Blocking()")
+        raise ValueError(
+            f"Sync(what='gradients', apply={sync.apply!r}): gradients are due before the step, use Blocking()"
+        )
     if sync.when != Every(1):
         raise ValueError(f"Sync(what='gradients', when={sync.when!r}): replicas would drift apart, use Every(1)")
     if isinstance(sync.codec, Difference):
@@ -200,12 +209,18 @@ def _check_apply(sync: Sync) -> None:
     if isinstance(sync.apply, OneRound) and sync.signal != "delta":
         raise ValueError(f"Sync(signal='value', apply={sync.apply!r}): OneRound corrects deltas, use signal='delta'")
     if sync.when.at_end and sync.apply != Blocking():
-        raise ValueError(f"Sync(when={sync.when!r}, apply={sync.apply!r}): nothing follows the last step, use Blocking()")
+        raise ValueError(
+            f"Sync(when={sync.when!r}, apply={sync.apply!r}): nothing follows the last step, use Blocking()"
+        )
     if sync.what.slot in ("buffers", "optimizer") and sync.apply != Blocking():
         raise ValueError(f"Sync(what={sync.what!r}, apply={sync.apply!r}): states are taken at once, use Blocking()")
     if isinstance(sync.apply, Blocking) and sync.apply.order != "atc" and sync.what.slot != "parameters":
         raise ValueError(f"Sync(what={sync.what!r}, apply={sync.apply!r}): an order is for parameters, use Blocking()")
-    if getattr(_inner(sync.codec), "layerwise", False) and isinstance(sync.apply, OneRound) and sync.apply.inflight != 0.0:
+    if (
+        getattr(_inner(sync.codec), "layerwise", False)
+        and isinstance(sync.apply, OneRound)
+        and sync.apply.inflight != 0.0
+    ):
         raise ValueError(f"Sync(codec={sync.codec!r}, apply={sync.apply!r}): this codec needs OneRound(inflight=0)")
 
 

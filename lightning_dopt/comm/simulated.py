@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -29,8 +29,16 @@ class _Meeting:
 
 
 class _Visit(Pending):
-    def __init__(self, world: SimulatedWorld, index: int, finish: Callable[[_Meeting], Any], seconds: float) -> None:
+    def __init__(
+        self,
+        world: SimulatedWorld,
+        index: int,
+        finish: Callable[[_Meeting], Any],
+        seconds: float,
+        sources: Iterable[int] | None,
+    ) -> None:
         self.world, self.index, self.finish, self.seconds = world, index, finish, seconds
+        self.sources = None if sources is None else [world.rank, *sources]
         self.meeting = world.hub.meetings[index]
         self.label = self.meeting.label
 
@@ -43,7 +51,8 @@ class _Visit(Pending):
                 f"rank(s) {', '.join(map(str, missing))} never took part in this {self.meeting.kind}"
             )
         if self.world.clock is not None:
-            ready = max(self.meeting.posted.values())
+            posted = self.meeting.posted
+            ready = max(posted[j] for j in self.sources or posted)  # an exchange waits for those it hears only
             self.world.clock.wait(ready + self.seconds)
         result = self.finish(self.meeting)
         self.meeting.taken += 1
@@ -69,7 +78,15 @@ class SimulatedWorld(World):
         hub = _Hub()
         return [cls(hub, rank, size, LinkClock(link) if link is not None else None) for rank in range(size)]
 
-    def _meet(self, kind: str, label: str, item: Any, finish: Callable[[_Meeting], Any], seconds: float) -> Pending:
+    def _meet(
+        self,
+        kind: str,
+        label: str,
+        item: Any,
+        finish: Callable[[_Meeting], Any],
+        seconds: float,
+        sources: Iterable[int] | None = None,
+    ) -> Pending:
         index, self._count = self._count, self._count + 1
         meeting = self.hub.meetings.setdefault(index, _Meeting(kind, label))
         if (meeting.kind, meeting.label) != (kind, label):
@@ -80,7 +97,7 @@ class SimulatedWorld(World):
         meeting.brought[self.rank] = item
         if self.clock is not None:
             meeting.posted[self.rank] = self.clock.post(seconds) - seconds
-        return _Visit(self, index, finish, seconds)
+        return _Visit(self, index, finish, seconds, sources)
 
     def _reduce(self, tensor: Tensor, label: str, kind: str, combine: Callable[[list[Tensor]], Tensor]) -> Pending:
         def finish(meeting: _Meeting) -> Tensor:
@@ -128,11 +145,13 @@ class SimulatedWorld(World):
                 box = meeting.outcome[j].get(self.rank)
                 if box is None or box.numel() != length:
                     what = "nothing" if box is None else f"{box.numel()} bytes"
-                    raise SyncError(f"rank {self.rank}, sync '{label}': expected {length} bytes of rank {j}, got {what}")
+                    raise SyncError(
+                        f"rank {self.rank}, sync '{label}': expected {length} bytes of rank {j}, got {what}"
+                    )
                 got[j] = box
             return got
 
-        return self._meet("exchange", label, dict(send), finish, seconds)
+        return self._meet("exchange", label, dict(send), finish, seconds, receive)
 
     def run(self, talk: Talk[T]) -> T:
         """A lone worker can only run code that never has to wait for another.
