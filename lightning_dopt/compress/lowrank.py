@@ -76,7 +76,7 @@ class LowRank(Compressor):
         Both are scaled by the root of the largest element (``P`` is orthonormal up to that factor), so that any matrix
         of finite elements survives.
         """
-        flat = x.detach().to(torch.float32)
+        flat = x.detach().to(torch.float32).contiguous()  # products round differently in another layout
         matrix = self.factors(x.shape)
         if matrix is None:
             return as_bytes(flat)

@@ -102,8 +102,7 @@ class RandK(_Sparse):
             return torch.empty(0, dtype=torch.int64, device=device)
         # 63 random bits: the remainder modulo d is uniform up to d / 2^63.
         draw = torch.randint(0, 2**63 - 1, (1,), generator=torch.Generator().manual_seed(seed))
-        comb = torch.arange(k, dtype=torch.int64, device=device).mul_(d).add_(int(draw) % d)
-        return comb.div_(k, rounding_mode="floor")
+        return comb(d, k, int(draw) % d, device)
 
     def pack(self, flat: Tensor, seed: int) -> Tensor:
         """The values as they are; the receiver scales."""
@@ -127,6 +126,12 @@ class RandK(_Sparse):
     def _scatter(self, values: Tensor, flat: Tensor, weight: float, index: Tensor) -> None:
         if values.numel():
             flat.index_add_(0, index, values.to(flat.dtype), alpha=weight * flat.numel() / values.numel())
+
+
+def comb(d: int, k: int, phase: int, device: torch.device | str = "cpu") -> Tensor:
+    """``floor((j d + phase) / k)`` for ``j = 0 .. k - 1``: ``k`` different positions below ``d`` if ``phase < d``."""
+    teeth = torch.arange(k, dtype=torch.int64, device=device).mul_(d).add_(phase)
+    return teeth.div_(k, rounding_mode="floor")
 
 
 def largest(flat: Tensor, k: int) -> Tensor:
