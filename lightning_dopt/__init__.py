@@ -38,3 +38,15 @@ from lightning_dopt.topology import (
 from lightning_dopt.what import Buffers, Gradients, OptimizerState, Parameters
 
 __version__ = "0.1.0.dev0"
+
+from lightning_dopt.strategies import (
+    CompressedDDPStrategy,
+    DiLoCoStrategy,
+    GossipStrategy,
+    LocalSGDStrategy,
+    LoFiStrategy,
+    ReplicaStrategy,
+    register,
+)
+
+register()

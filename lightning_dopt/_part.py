@@ -16,12 +16,17 @@ class Part:
 
     def arguments(self) -> dict[str, Any]:
         """The constructor arguments by name, in the order of the signature (``*args`` under their own name)."""
-        parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]
-        return {p.name: getattr(self, p.name) for p in parameters if p.kind is not p.VAR_KEYWORD}
+        return {p.name: getattr(self, p.name) for p in self._parameters()}
+
+    @classmethod
+    def _parameters(cls) -> list[inspect.Parameter]:
+        if cls.__init__ is object.__init__:
+            return []
+        return list(inspect.signature(cls.__init__).parameters.values())[1:]
 
     def __repr__(self) -> str:
-        defaults = {p.name: p.default for p in inspect.signature(type(self).__init__).parameters.values()}
-        shown = [f"{name}={value!r}" for name, value in self.arguments().items() if value is not defaults[name]]
+        defaults = {p.name: p.default for p in self._parameters()}
+        shown = [f"{name}={value!r}" for name, value in self.arguments().items() if value != defaults[name]]
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def __eq__(self, other: object) -> bool:

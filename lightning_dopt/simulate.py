@@ -52,7 +52,9 @@ class Simulation:
             raise ValueError(f"Simulation(step_seconds={step_seconds!r}): must be one number or {n} numbers")
         self.backward = backward
         self.worlds = SimulatedWorld.create(n, link)
-        self.replicas: list[Replica] = [{k: t.detach().clone().requires_grad_() for k, t in init(i).items()} for i in range(n)]
+        self.replicas: list[Replica] = [
+            {k: t.detach().clone().requires_grad_() for k, t in init(i).items()} for i in range(n)
+        ]
         self.optimizers = [optimizer(list(r.values())) for r in self.replicas]
         self.engines = [
             Engine(plan, replica, world, lr=_lr_of(opt), optimizer_state=_state_of(opt, replica))

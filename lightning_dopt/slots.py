@@ -190,7 +190,9 @@ class FlatBuffers:
         device = next(iter(self.buffers.values())).device if self.buffers else torch.device("cpu")
         self.lane = Lane(torch.zeros(offset, dtype=dtype, device=device), fields)
         self._variances = [
-            (v, m) for v in self.buffers if v.endswith("running_var") and (m := v[: -len("var")] + "mean") in self.buffers
+            (v, m)
+            for v in self.buffers
+            if v.endswith("running_var") and (m := v[: -len("var")] + "mean") in self.buffers
         ]
 
     def pack(self) -> None:

@@ -99,5 +99,7 @@ def what_of(value: What | str) -> What:
         return OptimizerState(value.removeprefix("optimizer."))
     known: dict[str, type[What]] = {"parameters": Parameters, "gradients": Gradients, "buffers": Buffers}
     if value not in known:
-        raise ValueError(f"Sync(what={value!r}): must be one of 'parameters', 'gradients', 'buffers', 'optimizer.<state>'")
+        raise ValueError(
+            f"Sync(what={value!r}): must be one of 'parameters', 'gradients', 'buffers', 'optimizer.<state>'"
+        )
     return known[value]()

@@ -6,4 +6,15 @@ from lightning_dopt.comm.process_group import ProcessGroupWorld
 from lightning_dopt.comm.simulated import SimulatedWorld, lockstep
 from lightning_dopt.comm.world import Pending, SyncError, Talk, World
 
-__all__ = ["Ledger", "Link", "LinkClock", "Pending", "ProcessGroupWorld", "SimulatedWorld", "SyncError", "Talk", "World", "lockstep"]
+__all__ = [
+    "Ledger",
+    "Link",
+    "LinkClock",
+    "Pending",
+    "ProcessGroupWorld",
+    "SimulatedWorld",
+    "SyncError",
+    "Talk",
+    "World",
+    "lockstep",
+]

@@ -88,7 +88,13 @@ class ProcessGroupWorld(World):
         self._tag = 0
 
     def _start(
-        self, start: Callable[[], list[Any]], result: Callable[[], Any], label: str, peers: str, seconds: float, keep: object
+        self,
+        start: Callable[[], list[Any]],
+        result: Callable[[], Any],
+        label: str,
+        peers: str,
+        seconds: float,
+        keep: object,
     ) -> Pending:
         done = self.clock.post(seconds) if self.clock is not None else 0.0
         pending = _Work(self, [], result, label, peers, done, keep)
@@ -128,9 +134,11 @@ class ProcessGroupWorld(World):
             out.copy_(payload.unsqueeze(0))
         seconds = self.clock.link.all_gather(payload.nbytes, self.size) if self.clock is not None else 0.0
         return self._start(
-            lambda: [dist.all_gather_into_tensor(out.view(-1), payload, group=self.group, async_op=True)]
-            if self.size > 1
-            else [],
+            lambda: (
+                [dist.all_gather_into_tensor(out.view(-1), payload, group=self.group, async_op=True)]
+                if self.size > 1
+                else []
+            ),
             lambda: out,
             label,
             "some rank",
@@ -150,7 +158,12 @@ class ProcessGroupWorld(World):
         seconds = self.clock.link.exchange(max(nbytes, sum(receive.values()))) if self.clock is not None else 0.0
         peers = f"rank(s) {', '.join(map(str, sorted({*send, *receive})))}"
         return self._start(
-            lambda: dist.batch_isend_irecv(ops) if ops else [], lambda: boxes, label, peers, seconds, (dict(send), boxes)
+            lambda: dist.batch_isend_irecv(ops) if ops else [],
+            lambda: boxes,
+            label,
+            peers,
+            seconds,
+            (dict(send), boxes),
         )
 
     def _global(self, rank: int) -> int:

@@ -43,7 +43,9 @@ class ExactDiffusion(Correction):
         """See :meth:`Correction.check`."""
         syncs = [s for s in plan if s.what.slot == "parameters" and not s.when.at_end]
         if len(syncs) != 1 or syncs[0].signal != "value" or syncs[0].outer is not None:
-            raise ValueError("ExactDiffusion: needs a plan with exactly one sync of the parameters, by value, without outer")
+            raise ValueError(
+                "ExactDiffusion: needs a plan with exactly one sync of the parameters, by value, without outer"
+            )
         if syncs[0].apply.delay or getattr(syncs[0].apply, "order", "atc") != "atc":
             raise ValueError(f"ExactDiffusion: needs apply=Blocking(order='atc'), got {syncs[0].apply!r}")
 

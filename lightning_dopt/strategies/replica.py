@@ -1,0 +1,448 @@
+"""ReplicaStrategy: replicas that are not wrapped in DDP and talk to each other as a plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_dopt._checks import check_choice, check_int
+from lightning_dopt.comm import Link, ProcessGroupWorld
+from lightning_dopt.comm.ledger import Ledger
+from lightning_dopt.comm.link import LinkClock
+from lightning_dopt.engine import Engine
+from lightning_dopt.plan import Plan, Sync
+from lightning_dopt.strategies import _private, optimizers, replica_files
+from lightning_dopt.strategies.resume import ExactResume
+from lightning_dopt.strategies.watch import Watch
+from lightning_dopt.strategies.weights import WeightSwap
+
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+
+
+class ReplicaStrategy(DDPStrategy):
+    """Trains one replica per process; replicas exchange what the plan says, when it says so.
+
+    Automatic and manual optimization, gradient accumulation, clipping, mixed precision, schedulers, compiled modules and
+    all launchers of ``DDPStrategy`` work as they do there. Steps are optimizer steps.
+
+    Args:
+        *syncs: The syncs of the plan, in order. With none (and no ``plan``) replicas train on their own.
+        plan: A whole plan instead, for example ``plans.diloco(sync_every=100)``.
+        evaluate: Which model validation measures: ``"consensus"`` swaps the mean of all replicas in for the time of
+            validation and leaves it in the module after ``fit``; ``"local"`` keeps each rank's own weights.
+        buffers: ``"average"`` averages floating point buffers (BatchNorm statistics, by the law of total variance) whenever
+            the plan's first sync runs, ``"local"`` never does; the consensus model always holds their average.
+        clock: Which optimizer's steps count, if there are several (index as in ``configure_optimizers``).
+        measure_every: Optimizer steps between measurements of ``consensus/distance`` during training, at the price of an
+            all-reduce of the model each; 0 measures at validation only.
+        link: Also keep a virtual clock as if all ranks were connected by such links; shown as ``comm/link_s``.
+        timeout: How long a rank waits for others before it gives up.
+        process_group_backend: ``"gloo"``, ``"nccl"``; ``None`` picks by device.
+        start_method: How Lightning starts the processes.
+        accelerator: See ``DDPStrategy``.
+        parallel_devices: See ``DDPStrategy``.
+        cluster_environment: See ``DDPStrategy``.
+        checkpoint_io: See ``DDPStrategy``.
+        precision_plugin: See ``DDPStrategy``.
+
+    Raises:
+        ValueError: an argument or a plan that cannot work, when the strategy or the Trainer is made.
+    """
+
+    def __init__(
+        self,
+        *syncs: Sync,
+        plan: Plan | None = None,
+        evaluate: Literal["consensus", "local"] = "consensus",
+        buffers: Literal["average", "local"] = "average",
+        clock: int = 0,
+        measure_every: int = 0,
+        link: Link | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        process_group_backend: str | None = None,
+        start_method: StartMethod = "popen",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if syncs and plan is not None:
+            raise ValueError(f"{name}(plan=...): give the syncs either one by one or as a plan, not both")
+        self.plan = plan if plan is not None else Plan(syncs)
+        self.evaluate = check_choice(name, "evaluate", evaluate, ("consensus", "local"))
+        self.buffer_policy = check_choice(name, "buffers", buffers, ("average", "local"))
+        self.clock_index = check_int(name, "clock", clock, 0)
+        self.measure_every = check_int(name, "measure_every", measure_every, 0)
+        check_choice(name, "start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
+        if timeout <= timedelta(0):
+            raise ValueError(f"{name}(timeout={timeout!r}): must be longer than zero")
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.link = link
+        self.timeout = timeout
+        self.engine: Engine | None = None
+        self.world: ProcessGroupWorld | None = None
+        self._watch: Watch | None = None
+        self._swap: WeightSwap | None = None
+        self._distance: float | None = None
+        self._resume = ExactResume()
+        self._restored: dict[str, Any] | None = None
+        self._final: dict[str, Any] | None = None
+        self._undo_quiet: Callable[[], None] = _nothing
+
+    # ------------------------------------------------------------------ start
+
+    def set_world_ranks(self) -> None:
+        """Called while the Trainer is made, before any process starts: the place to refuse what cannot work."""
+        super().set_world_ranks()
+        if _private.layer_sync(self) is not None:
+            raise ValueError(
+                "Trainer(sync_batchnorm=True): makes every forward pass communicate; use buffers='average'"
+            )
+        self.plan.check(self.num_nodes * self.num_processes)
+
+    def setup_environment(self) -> None:
+        """Make the process groups (again for each ``fit`` or ``validate``, but only once in a process)."""
+        super().setup_environment()
+        if self.world is None:
+            self.world = ProcessGroupWorld(timeout=self.timeout, backend=self._process_group_backend)
+
+    def configure_ddp(self) -> None:
+        """Nothing is wrapped."""
+
+    def setup(self, trainer: Any) -> None:
+        """Make the engine once the module, its optimizers and the precision plugin are ready."""
+        super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        assert self.world is not None
+        assert self.lightning_module is not None
+        self.world.ledger = Ledger()
+        self.world.clock = LinkClock(self.link) if self.link is not None else None
+        self._watch = Watch(_private.default_store(), self.global_rank, self.world_size)
+        self.world.diagnose = self._watch.diagnose
+        self._watch.start()
+        if self._restored is None:
+            self._share_start()
+        self.engine = self._make_engine()
+        self._final, self._swap = None, None
+        self._restore_engine()
+        self._undo_quiet = _private.quiet_sigterm_broadcast(trainer, self.engine.communicates)
+
+    def _share_start(self) -> None:
+        """All replicas start from rank 0's weights and buffers."""
+        assert self.lightning_module is not None
+        with torch.no_grad():
+            for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
+                dist.broadcast(tensor.data, 0)
+
+    def _make_engine(self) -> Engine:
+        module, world = self.lightning_module, self.world
+        assert module is not None
+        assert world is not None
+        index = optimizers.OptimizerIndex(
+            module, [_private.unwrap_optimizer(o) for o in self.optimizers], self.clock_index
+        )
+        self._index = index
+        buffers = dict(module.named_buffers()) if self.buffer_policy == "average" else {}
+        return Engine(
+            self.plan,
+            index.trainable,
+            world,
+            buffers=buffers,
+            lr=index.lr,
+            optimizer_state=index.state,
+            gradient_groups=index.groups if index.several else None,
+        )
+
+    # ------------------------------------------------------------------ the step
+
+    def on_train_start(self) -> None:
+        """Refuse unequal numbers of batches before they can hang, and restore random states."""
+        super().on_train_start()
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        batches: list[Any] = [None] * self.world_size
+        dist.all_gather_object(batches, trainer.num_training_batches)
+        if len(set(batches)) > 1:
+            raise ValueError(
+                f"ranks have unequal numbers of training batches, {batches}: ranks with more would wait for ever"
+            )
+        self._resume.on_train_start(trainer)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's training step, after syncs that belong before the forward pass."""
+        assert self.engine is not None
+        self.engine.run(self.engine.before_step())
+        return super().training_step(*args, **kwargs)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """One optimizer step: gradient syncs at the end of the closure, the tick after the update."""
+        engine, index = self.engine, self._index.position(_private.unwrap_optimizer(optimizer))
+        assert engine is not None
+
+        def closure_and_sync() -> Any:
+            out = closure()
+            engine.run(engine.on_gradients(self._loss_scale(), index if self._index.several else 0))
+            return out
+
+        out = super().optimizer_step(optimizer, closure_and_sync, model, **kwargs)
+        if index == self.clock_index:
+            engine.run(engine.after_step())
+            if self.measure_every and engine.step % self.measure_every == 0:
+                self._distance = float(engine.run(engine.consensus())[0])
+            self._log()
+        return out
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+
+    def _log(self) -> None:
+        module, world = self.lightning_module, self.world
+        assert module is not None
+        assert world is not None
+        values: dict[str, float] = {"comm/bytes": world.ledger.bytes, "comm/stall_s": world.ledger.stall_s}
+        if world.clock is not None:
+            values["comm/link_s"] = world.clock.stall_s
+        if self._distance is not None:
+            values["consensus/distance"] = self._distance
+        for name, value in values.items():  # float64: single precision cannot count beyond 16 million bytes
+            module.log(
+                name,
+                torch.tensor(value, dtype=torch.float64),
+                prog_bar=name != "comm/link_s",
+                on_step=True,
+                on_epoch=False,
+            )
+
+    # ------------------------------------------------------------------ evaluation
+
+    @property
+    def _fitting(self) -> bool:
+        module = self.lightning_module
+        return self.engine is not None and module is not None and module.trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def _interrupted(self) -> bool:
+        module = self.lightning_module
+        trainer = getattr(module, "_trainer", None)
+        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+
+    def _consensus(self) -> WeightSwap:
+        assert self.engine is not None
+        distance, means = self.engine.run(self.engine.consensus())
+        self._distance = float(distance)
+        with torch.no_grad():
+            return WeightSwap(self.engine, means)
+
+    def on_validation_start(self) -> None:
+        """Swap the consensus model in."""
+        super().on_validation_start()
+        self._resume.on_validation_start(self.lightning_module.trainer)  # type: ignore[union-attr]
+        if self._fitting and self.evaluate == "consensus":
+            self._swap = self._consensus()
+            self._swap.toggle()
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's validation step; logs how far replicas are apart beside it."""
+        if self._fitting and self._distance is not None:
+            assert self.lightning_module is not None
+            distance = torch.tensor(self._distance, dtype=torch.float64)
+            self.lightning_module.log(
+                "consensus/distance", distance, on_step=False, on_epoch=True, add_dataloader_idx=False, batch_size=1
+            )
+        return super().validation_step(*args, **kwargs)
+
+    def on_validation_end(self) -> None:
+        """Swap the replica's own weights back in."""
+        if self._swap is not None:
+            self._swap.toggle()
+            self._swap = None
+        self._resume.on_validation_end()
+        super().on_validation_end()
+
+    def on_train_end(self) -> None:
+        """Apply what is in flight, run final syncs, and leave the consensus model in every rank's module."""
+        engine = self.engine
+        if engine is not None and not self._interrupted:
+            self._resume.on_train_end(self.lightning_module.trainer)  # type: ignore[union-attr]
+            self._final = self._own_state()
+            engine.run(engine.finish())
+            if self.evaluate == "consensus":
+                self._consensus().toggle()
+        super().on_train_end()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The consensus model (an ordinary state dict). Collective during ``fit``."""
+        if not self._fitting or self._interrupted or self._final is not None or self._swap is not None:
+            return super().lightning_module_state_dict()
+        with self._consensus():
+            return _copied(super().lightning_module_state_dict())
+
+    def _own_state(self) -> dict[str, Any]:
+        """What this replica needs beyond an ordinary checkpoint, as of now."""
+        engine = self.engine
+        assert engine is not None
+        engine.run(engine.land())
+        if self._swap is not None:
+            self._swap.toggle()
+        own = _copied(super().lightning_module_state_dict())
+        if self._swap is not None:
+            self._swap.toggle()
+        return {
+            "state_dict": own,
+            "engine": _copied(engine.state_dict()),
+            "resume": self._resume.save_state(self._trainer),
+        }
+
+    @property
+    def _trainer(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """One complete file per replica, then the main file with the consensus model, then removal of older replicas."""
+        if not self._interrupted:
+            filepath = self.broadcast(filepath)  # names may contain metrics that differ between ranks
+        if self._fitting and "optimizer_states" in checkpoint:
+            tag = replica_files.new_tag(int(checkpoint["global_step"]))
+            tag = tag if self._interrupted else self.broadcast(tag)
+            own = self._final if self._final is not None else self._own_state()
+            mine = dict(checkpoint, state_dict=own["state_dict"])
+            mine[replica_files.KEY] = {"engine": own["engine"], "resume": own["resume"]}
+            self.checkpoint_io.save_checkpoint(
+                mine,
+                replica_files.file(filepath, tag, self.global_rank, self.world_size),
+                storage_options=storage_options,
+            )
+            self.barrier("replicas saved")
+            checkpoint[replica_files.KEY] = replica_files.pointer(tag, self.world_size, repr(self.plan))
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self.is_global_zero and replica_files.KEY in checkpoint and not self._interrupted:
+            replica_files.prune(filepath, keep=checkpoint[replica_files.KEY]["replicas"])
+
+    def load_checkpoint(self, checkpoint_path: Any, **kwargs: Any) -> dict[str, Any]:
+        """This replica's own checkpoint when training is resumed; the consensus model otherwise.
+
+        Raises:
+            ValueError: the file cannot be read, in one line.
+        """
+        main = self._read(checkpoint_path, **kwargs)
+        pointer = main.pop(replica_files.KEY, None)
+        fitting = self.lightning_module is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if not fitting or pointer is None:
+            return main
+        tag, size = str(pointer["replicas"]), int(pointer["world_size"])
+        if size != self.world_size:
+            rank_zero_warn(
+                f"{checkpoint_path} was written by {size} workers, this run has {self.world_size}: all start from the consensus "
+                "model with rank 0's optimizer state; anchors, memories, corrections, random states and data position start anew"
+            )
+            return main
+        absent = replica_files.missing(checkpoint_path, tag, size)
+        if absent:
+            rank_zero_warn(
+                f"{checkpoint_path}: replicas of rank(s) {', '.join(map(str, absent))} are missing (saved by a failing run?); all "
+                "start from the consensus model with rank 0's optimizer state, the plan's state starts anew"
+            )
+            return main
+        mine = self._read(replica_files.file(checkpoint_path, tag, self.global_rank, size), **kwargs)
+        self._restored = mine.pop(replica_files.KEY)
+        self._resume.load_state(self._restored["resume"])
+        if self.engine is not None:  # tuners save and restore in the middle of a fit
+            self._restore_engine()
+        return mine
+
+    def _read(self, path: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return super().load_checkpoint(path, **kwargs)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"cannot read the checkpoint {path}: {reason}") from error
+
+    def _restore_engine(self) -> None:
+        if self._restored is not None:
+            assert self.engine is not None
+            self.engine.load_state_dict(self._restored["engine"])
+            self._restored = None
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint and its replicas."""
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero:
+            replica_files.remove(filepath)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Make the loader resumable in the middle of an epoch."""
+        return self._resume.wrap(super().process_dataloader(dataloader), self._trainer)
+
+    # ------------------------------------------------------------------ failure and end
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks, except in a failed run, where peers may be gone."""
+        if not self._interrupted:
+            super().barrier(*args, **kwargs)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other ranks."""
+        super().on_exception(exception)
+        if self._watch is not None and self.engine is not None:
+            self._watch.failed(exception, self.engine.step + 1)
+
+    def teardown(self) -> None:
+        """Undo everything local; nothing here waits for other ranks."""
+        self._undo_quiet()
+        self._undo_quiet = _nothing
+        if self._watch is not None:
+            self._watch.stop()
+        if self._swap is not None:
+            self._swap.toggle()
+            self._swap = None
+        self._resume.teardown()
+        super().teardown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what cannot be pickled (the launcher may start fresh interpreters)."""
+        state = super().__getstate__()
+        state.update(_undo_quiet=_nothing)
+        return state
+
+
+def _nothing() -> None:
+    pass
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy of tensors in nested dictionaries and lists, everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_copied(v) for v in value]
+    return value
