@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_dopt._random import key
 from lightning_dopt.comm.world import Pending, Talk, World
 from lightning_dopt.compress import Identity, LowRank
-from lightning_dopt.compress.base import Compressor
+from lightning_dopt.compress.base import Compressor, Rounds
 from lightning_dopt.compress.memory import Memory, as_compressor
 from lightning_dopt.plan import Sync
 from lightning_dopt.slots import Lane
@@ -131,14 +131,10 @@ class Channel:
         if self.world.size == 1:
             return message
         total = yield self.world.all_reduce(message, self.label)
-        return total.mul_(1.0 / self.world.size)  # type: ignore[no-any-return]
+        return total.mul_(1.0 / self.world.size)
 
     def _summed(self, value: Tensor, step: int) -> Talk[tuple[Tensor, Tensor]]:
-        seed = key(self.seed, step)
-        if isinstance(self.compressor, LowRank):
-            rounds = self.compressor.rounds_many(self.lane.views(value), self.codec_state, seed, self.world.size)
-        else:
-            rounds = self.compressor.rounds(value, self.codec_state, seed, self.world.size)
+        rounds = self._rounds(value, key(self.seed, step))
         try:
             part = next(rounds)
             while True:
@@ -147,9 +143,18 @@ class Channel:
                 part = rounds.send(part)
         except StopIteration as stop:
             own, mean = stop.value
-        if isinstance(self.compressor, LowRank):
-            own, mean = _flatten(own, value), _flatten(mean, value)
         return own.mul_(self.scale), mean.mul_(self.scale)
+
+    def _rounds(self, value: Tensor, seed: int) -> Rounds:
+        if not isinstance(self.compressor, LowRank):
+            return self.compressor.rounds(value, self.codec_state, seed, self.world.size)
+        return self._matrix_rounds(self.compressor, value, seed)
+
+    def _matrix_rounds(self, compressor: LowRank, value: Tensor, seed: int) -> Rounds:
+        owns, means = yield from compressor.rounds_many(
+            self.lane.views(value), self.codec_state, seed, self.world.size
+        )
+        return _flatten(owns, value), _flatten(means, value)
 
     def _exchanged(self, payload: Tensor, seed: int, round_: int) -> Talk[Tensor]:
         world, peers = self.world, self.sync.peers

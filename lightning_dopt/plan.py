@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,6 +25,7 @@ from lightning_dopt.topology.base import Topology
 from lightning_dopt.what import What, what_of
 
 Signal = Literal["value", "delta"]
+T = TypeVar("T")
 
 
 class Sync(Part):
@@ -152,7 +153,7 @@ def is_exact(codec: Codec) -> bool:
     return isinstance(codec, Identity)
 
 
-def _typed(name: str, value: object, kind: type, owner: str = "Sync") -> object:  # type: ignore[explicit-any]
+def _typed(name: str, value: object, kind: type[T], owner: str = "Sync") -> T:
     if not isinstance(value, kind):
         raise ValueError(f"{owner}({name}={value!r}): must be a {kind.__module__}.{kind.__name__} object")
     return value

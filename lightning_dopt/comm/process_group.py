@@ -83,7 +83,9 @@ class ProcessGroupWorld(World):
         if not dist.is_initialized():
             raise RuntimeError("ProcessGroupWorld: call torch.distributed.init_process_group first")
         super().__init__(dist.get_rank(), dist.get_world_size(), clock)
-        self.group = dist.new_group(timeout=timeout, backend=backend)
+        group = dist.new_group(timeout=timeout, backend=backend)
+        assert isinstance(group, dist.ProcessGroup)  # every rank belongs to it
+        self.group = group
         self.diagnose: Callable[[str, int], str] = diagnose or (lambda label, step: "")
         self._tag = 0
 
@@ -176,4 +178,4 @@ class ProcessGroupWorld(World):
             while True:
                 pending = talk.send(pending.wait())
         except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
+            return stop.value

@@ -127,7 +127,7 @@ class SimulatedWorld(World):
         def finish(meeting: _Meeting) -> Tensor:
             if meeting.outcome is None:
                 meeting.outcome = torch.stack([meeting.brought[j] for j in range(self.size)])
-            return meeting.outcome  # type: ignore[no-any-return]
+            return meeting.outcome
 
         return self._meet("all_gather", label, payload, finish, seconds)
 

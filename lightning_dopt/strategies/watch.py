@@ -14,8 +14,8 @@ from typing import Any
 class Watch:
     """Notes in the store of the process group, and a thread that ends this process if the run has failed elsewhere.
 
-    A rank that raises writes why; a rank that waits in vain writes where. So a rank that sees its communication fail can
-    name the culprit, and a rank that hangs outside communication is ended ``grace`` seconds after another has given up.
+    A rank that raises writes why; a rank that waits in vain writes where. So a rank that sees its communication fail
+    can name the culprit, and a rank that hangs outside communication is ended ``grace`` seconds after another gave up.
 
     Args:
         store: Key-value store shared by all ranks (``None``: nothing is noted).
@@ -92,8 +92,8 @@ class Watch:
             if others and not self._stop.wait(self.grace):
                 rank, note = next(iter(sorted(others.items())))
                 print(
-                    f"[rank {self.rank}] ended: rank {rank} failed {self.grace:.0f} s ago ({note.partition('|')[2]}) and this "
-                    "rank has not noticed; it was here:",
+                    f"[rank {self.rank}] ended: rank {rank} failed {self.grace:.0f} s ago ({note.partition('|')[2]}) and "
+                    "this rank has not noticed; it was here:",
                     file=sys.stderr,
                     flush=True,
                 )
