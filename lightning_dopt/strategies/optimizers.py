@@ -33,7 +33,9 @@ class OptimizerIndex:
         if any(isinstance(o, LBFGS) for o in optimizers):
             raise ValueError("LBFGS evaluates the loss a different number of times on each rank; use another optimizer")
         self._replace_stale()
-        self._groups = {id(p): g for o in optimizers for g in o.param_groups for p in g["params"]}
+        self._places = {
+            id(p): (o, k) for o in optimizers for k, g in enumerate(o.param_groups) for p in g["params"]
+        }  # not the groups themselves: restoring an optimizer replaces them
         names = {id(p): n for n, p in self.trainable.items()}
         self.groups = [
             [names[id(p)] for g in o.param_groups for p in g["params"] if id(p) in names] for o in optimizers
@@ -78,8 +80,8 @@ class OptimizerIndex:
 
     def lr(self, name: str) -> float:
         """Current learning rate of a parameter; 0 if no optimizer steps it."""
-        group = self._groups.get(id(self.trainable[name]))
-        return float(group["lr"]) if group is not None else 0.0
+        optimizer, group = self._places.get(id(self.trainable[name]), (None, 0))
+        return float(optimizer.param_groups[group]["lr"]) if optimizer is not None else 0.0
 
     def state(self, name: str, key: str) -> Tensor:
         """A state tensor of the clock optimizer.

@@ -371,7 +371,7 @@ class ReplicaStrategy(DDPStrategy):
             return main
         mine = self._read(replica_files.file(checkpoint_path, tag, self.global_rank, size), **kwargs)
         self._restored = mine.pop(replica_files.KEY)
-        self._resume.load_state(self._restored["resume"])
+        self._resume.load_state(self._restored["resume"], mine)
         if self.engine is not None:  # tuners save and restore in the middle of a fit
             self._restore_engine()
         return mine
