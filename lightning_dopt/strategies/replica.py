@@ -165,7 +165,8 @@ class ReplicaStrategy(DDPStrategy):
             module, [_private.unwrap_optimizer(o) for o in self.optimizers], self.clock_index
         )
         self._index = index
-        buffers = dict(module.named_buffers()) if self.buffer_policy == "average" else {}
+        saved = module.state_dict(keep_vars=True)  # buffers that no checkpoint holds are constants, such as rotary tables
+        buffers = {n: b for n, b in module.named_buffers() if n in saved} if self.buffer_policy == "average" else {}
         return Engine(
             self.plan,
             index.trainable,
