@@ -51,12 +51,22 @@ def test_windows_predict_every_byte_but_the_first_once():
     assert len(ByteWindows(torch.arange(3, dtype=torch.uint8), 3)) == 0
 
 
+def test_mixed_windows_are_the_same_windows_in_a_fixed_order():
+    text = torch.arange(201, dtype=torch.uint8)
+    starts = [ByteWindows(text, 2, mixed=True)[i][0].item() for i in range(100)]
+    assert sorted(starts) == list(range(0, 200, 2))
+    assert starts == [ByteWindows(text, 2, mixed=True)[i][0].item() for i in range(100)]
+    assert min(starts[:20]) < 50  # the first fifth comes from all over the text
+    assert max(starts[:20]) > 150
+
+
 def test_the_tail_of_every_file_is_held_out(folder):
     data = TextFolder(str(folder), "*.txt", context=2, batch_size=50, val_fraction=0.25)
     data.setup("fit")
     assert data._train.text.tolist() == [*range(100, 115), *range(15)]
     assert data._val.text.tolist() == [*range(115, 120), *range(15, 20)]
-    assert next(iter(data.val_dataloader())).tolist()[:2] == [[115, 116, 117], [117, 118, 119]]
+    (batch,) = data.val_dataloader()
+    assert sorted(batch.tolist()) == [[16, 17, 18], [115, 116, 117], [117, 118, 119], [119, 15, 16]]
 
 
 def test_max_bytes_reads_the_first_files_only(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lightning_dopt._checks import check_choice, check_int
+from lightning_dopt._random import key
 
 Length = Literal["mean", "shortest", "longest"]
 
@@ -82,6 +82,5 @@ class PartitionSampler(DistributedSampler[int]):
         if not self.shuffle:
             return self.indices
         # Hashed, because torch's CPU generator reads no more than 32 bits of a seed.
-        key = hashlib.blake2b(f"{self.seed}/{k}".encode(), digest_size=4).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+        generator = torch.Generator().manual_seed(key(self.seed, k))
         return self.indices[torch.randperm(len(self.indices), generator=generator)]

@@ -51,21 +51,24 @@ class ByteWindows(Dataset[Tensor]):
     Args:
         text: uint8, shape (n,).
         context: bytes of input per window.
+        mixed: number the windows in a fixed random order, so that the first few are a fair sample of the text.
     """
 
-    def __init__(self, text: Tensor, context: int) -> None:
+    def __init__(self, text: Tensor, context: int, mixed: bool = False) -> None:
         self.text, self.context = text, context
-        self._offsets = torch.arange(context + 1)
+        count = max(0, (len(text) - 1) // context)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)) if mixed else torch.arange(count)
+        self._starts, self._offsets = order * context, torch.arange(context + 1)
 
     def __len__(self) -> int:
-        return max(0, (len(self.text) - 1) // self.context)
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.text[index * self.context : (index + 1) * self.context + 1]
+        return self.text[self._starts[index] + self._offsets]
 
     def __getitems__(self, indices: list[int]) -> Tensor:
         """One batch, shape (len(indices), context + 1), in a single gather."""
-        return self.text[torch.tensor(indices)[:, None] * self.context + self._offsets]
+        return self.text[self._starts[torch.tensor(indices)][:, None] + self._offsets]
 
 
 class TextFolder(LightningDataModule):
@@ -145,7 +148,7 @@ class TextFolder(LightningDataModule):
                 f"found {len(heads)} and {len(tails)}"
             )
         self._train = ByteWindows(torch.frombuffer(heads, dtype=torch.uint8), self.context)
-        self._val = ByteWindows(torch.frombuffer(tails, dtype=torch.uint8), self.context)
+        self._val = ByteWindows(torch.frombuffer(tails, dtype=torch.uint8), self.context, mixed=True)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Shuffled windows of this worker's part (:func:`recipes.loading.memory_loader`)."""
@@ -154,6 +157,6 @@ class TextFolder(LightningDataModule):
         return memory_loader(self._train, self.batch_size, self.num_workers, sampler)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """All validation windows in order."""
+        """All validation windows, in one fixed random order: with ``limit_val_batches`` still a sample of all files."""
         assert self._val is not None
         return memory_loader(self._val, self.batch_size, self.num_workers)
