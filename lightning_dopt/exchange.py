@@ -134,7 +134,7 @@ class Channel:
         return total.mul_(1.0 / self.world.size)
 
     def _summed(self, value: Tensor, step: int) -> Talk[tuple[Tensor, Tensor]]:
-        rounds = self._rounds(value, key(self.seed, step))
+        rounds = self.rounds(value, key(self.seed, step))
         try:
             part = next(rounds)
             while True:
@@ -145,7 +145,8 @@ class Channel:
             own, mean = stop.value
         return own.mul_(self.scale), mean.mul_(self.scale)
 
-    def _rounds(self, value: Tensor, seed: int) -> Rounds:
+    def rounds(self, value: Tensor, seed: int) -> Rounds:
+        """The tensors that a linear codec sums over the ranks for one message; see :meth:`Compressor.rounds`."""
         if not isinstance(self.compressor, LowRank):
             return self.compressor.rounds(value, self.codec_state, seed, self.world.size)
         return self._matrix_rounds(self.compressor, value, seed)

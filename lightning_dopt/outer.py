@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -117,9 +118,19 @@ class FromOptimizer(Outer):
         self.optimizer = optimizer
 
     def __repr__(self) -> str:
-        name = getattr(self.optimizer, "__qualname__", None)  # no address: checkpoints compare plans by their text
-        return f"FromOptimizer(optimizer={name})" if name else super().__repr__()
+        return f"FromOptimizer(optimizer={_described(self.optimizer)})"
 
     def build(self, anchors: list[Tensor]) -> Optimizer:
         """See :meth:`Outer.build`."""
         return self.optimizer(anchors)
+
+
+def _described(value: object) -> str:
+    """The printed form, without addresses: checkpoints compare plans by their text."""
+    if isinstance(value, functools.partial):
+        options = [f"{name}={_described(v)}" for name, v in value.keywords.items()]
+        return f"partial({', '.join([*map(_described, (value.func, *value.args)), *options])})"
+    name = getattr(value, "__qualname__", None)
+    if name is None and type(value).__repr__ is object.__repr__:
+        name = type(value).__qualname__
+    return name or repr(value)

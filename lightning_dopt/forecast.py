@@ -1,0 +1,374 @@
+"""Forecast: bytes, memory and virtual time of a plan, worked out from shapes before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_dopt._checks import check_int
+from lightning_dopt.apply import OneRound
+from lightning_dopt.comm.ledger import Ledger, all_gather_bytes, all_reduce_bytes
+from lightning_dopt.comm.link import Link, LinkClock
+from lightning_dopt.comm.world import Pending, Talk, World
+from lightning_dopt.engine import Engine, LaneRunner, SyncRunner
+from lightning_dopt.exchange import Channel, Flight, message_bytes
+from lightning_dopt.local.base import BoundCorrection
+from lightning_dopt.plan import Plan, Sync
+from lightning_dopt.slots import Lane
+from lightning_dopt.topology.base import Topology
+
+T = TypeVar("T")
+Shapes = Mapping[str, Sequence[int]]
+_META = torch.device("meta")
+_DONE = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will cost, as :class:`~lightning_dopt.Simulation` would count it."""
+
+    n: int
+    """Number of workers."""
+    steps: int
+    """Optimizer steps; what is due at the end of training is counted, too."""
+    ledgers: tuple[Ledger, ...]
+    """Bytes and messages of every rank, per sync."""
+    rounds: Mapping[str, int]
+    """How often each sync is sent."""
+    peak_step_bytes: int
+    """The most payload bytes any rank sends in one optimizer step (or at the end)."""
+    seconds: float
+    """Virtual time until the last rank has finished."""
+    stall_s: float
+    """Virtual time that the rank which waits longest stands still."""
+    memory: Mapping[str, int]
+    """Bytes per worker beyond model, gradients and inner optimizer, by purpose."""
+
+    @property
+    def bytes(self) -> list[int]:
+        """Payload bytes that each rank sends in all."""
+        return [ledger.bytes for ledger in self.ledgers]
+
+    @property
+    def bytes_per_step(self) -> float:
+        """Payload bytes of the busiest rank, spread over all steps."""
+        return max(self.bytes) / self.steps
+
+    def sync_bytes(self, label: str) -> int:
+        """Payload bytes of the busiest rank for one sync."""
+        return max(ledger.entries[label].bytes if label in ledger.entries else 0 for ledger in self.ledgers)
+
+
+def forecast(
+    plan: Plan,
+    n: int,
+    parameters: Shapes,
+    steps: int = 1000,
+    link: Link | None = None,
+    step_seconds: float | Sequence[float] = 0.0,
+    buffers: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Forecast:
+    """What ``steps`` optimizer steps of a plan will cost, end of training included.
+
+    The engine itself runs, over tensors that have a shape and no content, so the order of messages, their sizes and the
+    waiting are those of a real run; only encoding, decoding and arithmetic are left out. Bytes and times equal those of
+    :class:`~lightning_dopt.Simulation` exactly. Agreement flags of mixed precision and measurements of the consensus
+    are no part of it.
+
+    Args:
+        plan: What to do.
+        n: Number of workers.
+        parameters: Shape of each trainable parameter by name, in the order of the module.
+        steps: Optimizer steps.
+        link: Speed of each worker's link; ``None`` means unlimited.
+        step_seconds: Seconds that one inner step takes, one number or one per rank.
+        buffers: Number of floating point elements in the module's buffers, if they are averaged.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: a plan that does not suit ``n``, parameters it does not find, or a number out of range.
+    """
+    check_int("forecast", "steps", steps, 1)
+    check_int("forecast", "buffers", buffers, 0)
+    check_int("forecast", "n", n, 1)
+    each = [float(step_seconds)] if isinstance(step_seconds, (int, float)) else list(step_seconds)
+    if len(each) not in (1, n) or min(each) < 0:
+        raise ValueError(f"forecast(step_seconds={step_seconds!r}): must be one number of at least 0, or {n} of them")
+    world = _AllRanks(n, link or Link())
+    named = {name: torch.empty(tuple(shape), dtype=dtype, device=_META) for name, shape in parameters.items()}
+    engine = _SizedEngine(plan, named, world, {"buffers": torch.empty(buffers, device=_META)})
+    memory, peak = engine.memory(), 0
+    for _ in range(steps):
+        before = [worker.ledger.bytes for worker in world.workers]
+        world.run(engine.before_step())
+        world.compute(each)
+        world.run(engine.on_gradients())
+        world.run(engine.after_step())
+        peak = max(peak, world.most_since(before))
+    before = [worker.ledger.bytes for worker in world.workers]
+    world.run(engine.finish())
+    workers = world.workers if len(world.workers) == n else world.workers * n
+    return Forecast(
+        n=n,
+        steps=steps,
+        ledgers=tuple(worker.ledger for worker in workers),
+        rounds=engine.rounds(),
+        peak_step_bytes=max(peak, world.most_since(before)),
+        seconds=max(worker.clock.now for worker in workers),
+        stall_s=max(worker.clock.stall_s for worker in workers),
+        memory=memory,
+    )
+
+
+def square_layers(count: int, width: int = 512) -> dict[str, tuple[int, ...]]:
+    """Shapes that stand for a model of ``count`` parameters: as many square matrices as fit, then what is left.
+
+    Raises:
+        ValueError: ``count < 1`` or ``width < 1``.
+    """
+    check_int("square_layers", "count", count, 1)
+    check_int("square_layers", "width", width, 1)
+    matrices, rest = divmod(count, width * width)
+    rows, single = divmod(rest, width)
+    shapes: dict[str, tuple[int, ...]] = {f"layer{k}.weight": (width, width) for k in range(matrices)}
+    if rows:
+        shapes["head.weight"] = (rows, width)
+    if single:
+        shapes["head.bias"] = (single,)
+    return shapes
+
+
+# ---------------------------------------------------------------------- all ranks at once
+
+
+@dataclass
+class _Worker:
+    clock: LinkClock
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+class _Arrival(Pending):
+    """One operation of all ranks: when each rank's transfer began, how long it lasts, whom each waits for."""
+
+    def __init__(
+        self, world: _AllRanks, label: str, began: list[float], seconds: list[float], sources: list[list[int]] | None
+    ) -> None:
+        self.world, self.label, self.began, self.seconds, self.sources = world, label, began, seconds, sources
+
+    def wait(self) -> None:
+        """See :meth:`Pending.wait`."""
+        count = len(self.world.workers)
+        began, seconds = (x if len(x) == count else x * count for x in (self.began, self.seconds))
+        latest = max(began)
+        for i, worker in enumerate(self.world.workers):
+            ready = latest if self.sources is None else max(began[j] for j in (i, *self.sources[i]))
+            worker.clock.wait(ready + seconds[i])
+
+
+class _AllRanks(World):
+    """A world that stands for all of its ranks: as one worker while all have done the same, as ``n`` from then on."""
+
+    def __init__(self, size: int, link: Link) -> None:
+        super().__init__(0, size)
+        self.link = link
+        self.workers = [_Worker(LinkClock(link))]
+        self._loads: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
+
+    def compute(self, seconds: list[float]) -> None:
+        """All ranks compute."""
+        spans = self._spread(seconds)
+        for worker, span in zip(self.workers, spans, strict=True):
+            worker.clock.compute(span)
+
+    def most_since(self, before: list[int]) -> int:
+        """The most bytes any rank has sent beyond ``before``."""
+        start = before if len(before) == len(self.workers) else before * len(self.workers)
+        return max(worker.ledger.bytes - old for worker, old in zip(self.workers, start, strict=True))
+
+    def _spread(self, values: list[T]) -> list[T]:
+        """One value per worker; from the first time that values differ, every rank is a worker of its own."""
+        if len(self.workers) == 1 and any(v != values[0] for v in values):
+            self.workers = [deepcopy(self.workers[0]) for _ in range(self.size)]
+        return values[:1] if len(self.workers) == 1 else (values if len(values) == self.size else values * self.size)
+
+    def _start(
+        self, label: str, sent: list[int], seconds: list[float], sources: list[list[int]] | None = None
+    ) -> _Arrival:
+        loads = self._spread(list(zip(sent, seconds, strict=True)))
+        began = []
+        for worker, (nbytes, span) in zip(self.workers, loads, strict=True):
+            worker.ledger.sent(label, nbytes)
+            began.append(worker.clock.post(span) - span)
+        alone = len(self.workers) == 1
+        return _Arrival(self, label, began, [span for _, span in loads], None if alone else sources)
+
+    def all_reduce(self, tensor: Tensor, label: str, *, overhead: bool = False) -> Pending:
+        """See :meth:`World.all_reduce`."""
+        nbytes = tensor.nbytes
+        return self._start(label, [all_reduce_bytes(nbytes, self.size)], [self.link.all_reduce(nbytes, self.size)])
+
+    def all_gather(self, payload: Tensor, label: str) -> Pending:
+        """See :meth:`World.all_gather`."""
+        nbytes = payload.nbytes
+        return self._start(label, [all_gather_bytes(nbytes, self.size)], [self.link.all_gather(nbytes, self.size)])
+
+    def gossip(self, nbytes: int, peers: Topology, round_: int, label: str) -> Pending:
+        """Every rank exchanges messages of ``nbytes`` with its neighbours of that round."""
+        loads = self._degrees(peers, round_)
+        sent = [nbytes * out for out, _ in loads]
+        seconds = [self.link.exchange(max(s, nbytes * len(heard))) for s, (_, heard) in zip(sent, loads, strict=True)]
+        return self._start(label, sent, seconds, [heard for _, heard in loads])
+
+    def _degrees(self, peers: Topology, round_: int) -> list[tuple[int, list[int]]]:
+        """For each rank, how many hear it and whom it hears."""
+        period = peers.period(self.size)
+        key = (id(peers), round_ % period if period else -1)
+        if period is None or key not in self._loads:
+            self._loads[key] = [
+                (len(peers.receivers(self.size, i, round_)), peers.neighbors(self.size, i, round_))
+                for i in range(self.size)
+            ]
+        return self._loads[key]
+
+    def all_reduce_max(self, tensor: Tensor, label: str) -> Pending:
+        """No forecast needs it."""
+        raise NotImplementedError
+
+    def exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, int], label: str) -> Pending:
+        """One rank's view of what :meth:`gossip` does for all."""
+        raise NotImplementedError
+
+    def run(self, talk: Talk[T]) -> T:
+        """See :meth:`World.run`."""
+        try:
+            pending = next(talk)
+            while True:
+                pending = talk.send(pending.wait())
+        except StopIteration as stop:
+            return stop.value
+
+
+# ---------------------------------------------------------------------- the engine without contents
+
+
+class _SizedLane(LaneRunner):
+    """A lane that sends messages of the right sizes and ignores what comes back."""
+
+    def __init__(self, sync: Sync, lane: Lane, channel: Channel, corrections: list[BoundCorrection]) -> None:
+        super().__init__(sync, lane, channel, corrections)
+        world = channel.world
+        assert isinstance(world, _AllRanks)
+        self.world = world
+        self.sums = _summands(channel) if channel.sums and world.size > 1 else []
+        self.payload = torch.empty(message_bytes(channel.compressor, lane), dtype=torch.uint8, device=_META)
+
+    def _message(self, round_: int) -> Talk[Tensor]:
+        peers, label = self.sync.peers, self.channel.label
+        if self.world.size == 1:
+            return _DONE
+        for part in self.sums:
+            yield self.world.all_reduce(part, label)
+        if not self.sums and peers.is_mean(self.world.size):
+            yield self.world.all_gather(self.payload, label)
+        elif not self.sums:
+            yield self.world.gossip(self.payload.nbytes, peers, round_, label)
+        return _DONE
+
+    def send(self, step: int, round_: int) -> None:
+        """See :meth:`LaneRunner.send`."""
+        flight = Flight(self._message(round_), step)
+        flight.start()
+        self.flights.append(flight)
+
+    def apply(self, step: int) -> Talk[None]:
+        """See :meth:`LaneRunner.apply`."""
+        if not isinstance(self.sync.apply, OneRound) or len(self.flights) == 2:
+            yield from self.flights.pop(0).finish()
+
+    def drain(self) -> Talk[None]:
+        """See :meth:`LaneRunner.drain`."""
+        while self.flights:
+            yield from self.flights.pop(0).finish()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes this lane keeps, by purpose."""
+        used = {
+            "anchors": _size(self.anchor),
+            "outer optimizer": self._outer_state(),
+            "codec memory": _size(self.channel.tensors()),
+        }
+        copies = 0 if self._in_place else 1  # the message itself
+        copies += self.sync.apply.merge.needs_sent or bool(self.corrections)
+        copies += isinstance(self.sync.apply, OneRound) and self.sync.apply.inflight != 0.0
+        flights = 2 if isinstance(self.sync.apply, OneRound) else 1
+        used["in flight"] = flights * copies * self.lane.numel * self.lane.message_dtype.itemsize
+        return used
+
+    def _outer_state(self) -> int:
+        if self.optimizer is None:
+            return 0
+        for anchor in self._anchors:
+            anchor.grad = torch.empty_like(anchor)
+        self.optimizer.step()
+        return sum(_size(dict(state)) for state in self.optimizer.state.values())
+
+
+class _SizedEngine(Engine):
+    """The engine over tensors without contents."""
+
+    def __init__(self, plan: Plan, parameters: dict[str, Tensor], world: _AllRanks, buffers: dict[str, Tensor]) -> None:
+        super().__init__(
+            plan, parameters, world, buffers, lambda _: 1.0, lambda name, _: torch.empty_like(parameters[name])
+        )
+        self._bound, self.corrections = self.corrections, []  # they move no bytes
+        self._copies = sum(_size(copy.lane.live) for gradient in self.gradients[0] for copy in gradient.copies)
+        for gradient in self.gradients[0]:
+            gradient.copies = []
+
+    def _runner(self, index: int, sync: Sync, label: str, lanes: list[Lane]) -> SyncRunner:
+        runner = super()._runner(index, sync, label, lanes)
+        runner.lanes = [_SizedLane(sync, lane.lane, lane.channel, lane.corrections) for lane in runner.lanes]
+        return runner
+
+    def rounds(self) -> dict[str, int]:
+        """Rounds sent by label."""
+        return {runner.label: runner.rounds for runner in self._all_runners()}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes beyond model, gradients and inner optimizer."""
+        used = {
+            "gradient copy": self._copies,
+            "corrections": sum(_size(correction.state()) for correction in self._bound),
+            "buffer message": _size(self.buffers.lane.live),
+        }
+        for lane in (lane for runner in self._all_runners() for lane in runner.lanes):
+            assert isinstance(lane, _SizedLane)
+            for purpose, nbytes in lane.memory().items():
+                used[purpose] = used.get(purpose, 0) + nbytes
+        return {purpose: nbytes for purpose, nbytes in used.items() if nbytes}
+
+
+def _summands(channel: Channel) -> list[Tensor]:
+    """What one message of a linear codec adds up over the ranks, in order."""
+    rounds = channel.rounds(torch.empty(channel.lane.numel, dtype=channel.lane.message_dtype, device=_META), seed=0)
+    parts = []
+    try:
+        part = next(rounds)
+        while True:
+            parts.append(part)
+            part = rounds.send(part)
+    except StopIteration:
+        return parts
+
+
+def _size(value: Any) -> int:
+    """Bytes of a tensor, or of all tensors in a dictionary."""
+    if isinstance(value, dict):
+        return sum(_size(v) for v in value.values())
+    return value.nbytes if isinstance(value, Tensor) else 0
