@@ -92,5 +92,5 @@ class FP16(_Cast):
     _dtype = torch.float16
 
     def contraction(self, shape: Shape) -> float:
-        """0: never an expansion, but a vector below 3e-8 is lost whole (in range it would be ``1 - 2^-22``)."""
-        return 0.0
+        """``1 - 2^-22`` for elements in range; outside all that holds is that nothing expands."""
+        return 1.0 - 2.0**-22

@@ -34,9 +34,14 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
+def classes() -> dict[str, type[Codec]]:
+    """Compressors and memories by their name in snake case; compressors before memories."""
+    return {_snake(cls.__name__): cls for cls in _CLASSES}
+
+
 def names() -> list[str]:
     """The names :func:`by_name` knows, in snake case; compressors before memories."""
-    return [_snake(cls.__name__) for cls in _CLASSES]
+    return list(classes())
 
 
 def by_name(name: str, **arguments: Compressor | float | bool) -> Codec:
