@@ -240,10 +240,12 @@ class Engine:
         parameters: Trainable parameters by name, each once, in the same order on all ranks. They are moved into flat
             buffers and stay the same tensor objects.
         world: With whom.
-        buffers: Floating point buffers by name that are averaged whenever all parameters or gradients are synchronised.
+        buffers: Buffers by name; those of floating point belong to the consensus model.
         lr: Gives the current learning rate of a parameter by name, for corrections that need it.
         optimizer_state: Gives the clock optimizer's state tensor by (parameter name, key), for ``optimizer.<state>``.
         gradient_groups: Parameter names by optimizer, if several optimizers step at different times.
+        sync_buffers: Whether buffers are averaged when the plan's first sync of parameters or gradients runs, unless the
+            plan names them itself.
 
     Raises:
         ValueError: the plan does not suit the number of workers, or selects nothing.
@@ -258,6 +260,7 @@ class Engine:
         lr: Callable[[str], float] | None = None,
         optimizer_state: Callable[[str, str], Tensor] | None = None,
         gradient_groups: Sequence[Sequence[str]] | None = None,
+        sync_buffers: bool = True,
     ) -> None:
         plan.check(world.size)
         self.plan, self.world = plan, world
@@ -274,7 +277,7 @@ class Engine:
         self.runners: list[SyncRunner] = []
         for index, (sync, label) in enumerate(zip(plan, plan.labels(), strict=True)):
             self._add(index, sync, label)
-        self.buffer_runner = self._buffer_runner()
+        self.buffer_runner = self._buffer_runner() if sync_buffers else None
         self.optimizer_flats: dict[str, FlatTensors] = {}
 
     def _selected(self, sync: Sync) -> list[str]:
@@ -361,23 +364,26 @@ class Engine:
                 if order == "cta":
                     yield from runner.apply(step)
 
-    def on_gradients(self, scale: float = 1.0, group: int = 0) -> Talk[None]:
+    def on_gradients(self, scale: float | None = None, group: int = 0) -> Talk[None]:
         """After backward, before clipping and the optimizer: corrections, then gradient syncs.
 
         Args:
-            scale: Loss scale the gradients carry (mixed precision); messages and memories are kept free of it.
+            scale: Loss scale the gradients carry, if there is one (mixed precision); messages and memories are kept
+                free of it, and a gradient that is not finite on one rank makes all ranks skip the step.
             group: Which of the gradient groups is about to step.
         """
         self.world.step = self.step + 1
         names = self.groups[group]
-        if scale != 1.0 and not (yield from self._finite(group)):
-            return
-        self._scale(names, 1.0 / scale)
+        if scale is not None:
+            if not (yield from self._finite(group)):
+                return
+            self._scale(names, 1.0 / scale)
         for correction in self.corrections:
             correction.on_gradient()
         for gradient in self.gradients[group]:
             yield from gradient.run()
-        self._scale(names, scale)
+        if scale is not None:
+            self._scale(names, scale)
 
     def _scale(self, names: list[str], factor: float) -> None:
         if factor != 1.0 and (any(self.gradients) or self.corrections):

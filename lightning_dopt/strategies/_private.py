@@ -50,3 +50,18 @@ def layer_sync(strategy: Any) -> object | None:
 def unwrap_optimizer(optimizer: Any) -> Any:
     """The torch optimizer inside a ``LightningOptimizer`` (or the optimizer itself)."""
     return getattr(optimizer, "_optimizer", optimizer)
+
+
+def with_weights(checkpoint: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint like this one, but of a model with these weights.
+
+    ``WeightAveraging`` (since Lightning 2.6) puts its own average under ``state_dict`` and keeps the model under a key
+    of its own.
+    """
+    key = "current_model_state" if "current_model_state" in checkpoint else "state_dict"
+    return {**checkpoint, key: weights}
+
+
+def averages_weights(callback: Any) -> bool:
+    """Whether a callback is Lightning's ``WeightAveraging`` (since 2.6) or derived from it."""
+    return any(cls.__name__ == "WeightAveraging" for cls in type(callback).__mro__)

@@ -109,6 +109,7 @@ class ReplicaStrategy(DDPStrategy):
         self._resume = ExactResume()
         self._restored: dict[str, Any] | None = None
         self._final: dict[str, Any] | None = None
+        self._running = False
         self._undo_quiet: Callable[[], None] = _nothing
 
     # ------------------------------------------------------------------ start
@@ -146,9 +147,11 @@ class ReplicaStrategy(DDPStrategy):
         if self._restored is None:
             self._share_start()
         self.engine = self._make_engine()
-        self._final, self._swap = None, None
+        self._final, self._swap, self._running = None, None, True
         self._restore_engine()
         self._undo_quiet = _private.quiet_sigterm_broadcast(trainer, self.engine.communicates)
+        if self.evaluate == "consensus" and any(_private.averages_weights(c) for c in trainer.callbacks):
+            self._warn_of_averages()
 
     def _share_start(self) -> None:
         """All replicas start from rank 0's weights and buffers."""
@@ -156,6 +159,14 @@ class ReplicaStrategy(DDPStrategy):
         with torch.no_grad():
             for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
                 dist.broadcast(tensor.data, 0)
+
+    def _warn_of_averages(self) -> None:
+        shared = any(s.what.slot == "gradients" and s.peers.is_mean(self.world_size) for s in self.plan)
+        if self.world_size > 1 and not shared:
+            rank_zero_warn(
+                "WeightAveraging averages each rank's own replica over time: validation measures other weights on every rank "
+                "and the main checkpoint holds rank 0's average; after fit all ranks hold the mean of their averages"
+            )
 
     def _make_engine(self) -> Engine:
         module, world = self.lightning_module, self.world
@@ -165,16 +176,18 @@ class ReplicaStrategy(DDPStrategy):
             module, [_private.unwrap_optimizer(o) for o in self.optimizers], self.clock_index
         )
         self._index = index
-        saved = module.state_dict(keep_vars=True)  # buffers that no checkpoint holds are constants, such as rotary tables
-        buffers = {n: b for n, b in module.named_buffers() if n in saved} if self.buffer_policy == "average" else {}
+        saved = module.state_dict(
+            keep_vars=True
+        )  # buffers that no checkpoint holds are constants, such as rotary tables
         return Engine(
             self.plan,
             index.trainable,
             world,
-            buffers=buffers,
+            buffers={n: b for n, b in module.named_buffers() if n in saved},
             lr=index.lr,
             optimizer_state=index.state,
             gradient_groups=index.groups if index.several else None,
+            sync_buffers=self.buffer_policy == "average",
         )
 
     # ------------------------------------------------------------------ the step
@@ -215,9 +228,9 @@ class ReplicaStrategy(DDPStrategy):
             self._log()
         return out
 
-    def _loss_scale(self) -> float:
+    def _loss_scale(self) -> float | None:
         scaler = getattr(self.precision_plugin, "scaler", None)
-        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
 
     def _log(self) -> None:
         module, world = self.lightning_module, self.world
@@ -290,14 +303,19 @@ class ReplicaStrategy(DDPStrategy):
             self._resume.on_train_end(self.lightning_module.trainer)  # type: ignore[union-attr]
             self._final = self._own_state()
             engine.run(engine.finish())
-            if self.evaluate == "consensus":
-                self._consensus().toggle()
+            consensus = self._consensus()
+            consensus.toggle()
+            if self.evaluate == "local":
+                self._final["consensus"] = _copied(super().lightning_module_state_dict())
+                consensus.toggle()
         super().on_train_end()
 
     # ------------------------------------------------------------------ checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The consensus model (an ordinary state dict). Collective during ``fit``."""
+        if self._final is not None and "consensus" in self._final:
+            return dict(self._final["consensus"])
         if not self._fitting or self._interrupted or self._final is not None or self._swap is not None:
             return super().lightning_module_state_dict()
         with self._consensus():
@@ -328,11 +346,11 @@ class ReplicaStrategy(DDPStrategy):
         """One complete file per replica, then the main file with the consensus model, then removal of older replicas."""
         if not self._interrupted:
             filepath = self.broadcast(filepath)  # names may contain metrics that differ between ranks
-        if self._fitting and "optimizer_states" in checkpoint:
+        if (self._fitting or self._final is not None) and "optimizer_states" in checkpoint:
             tag = replica_files.new_tag(int(checkpoint["global_step"]))
             tag = tag if self._interrupted else self.broadcast(tag)
             own = self._final if self._final is not None else self._own_state()
-            mine = dict(checkpoint, state_dict=own["state_dict"])
+            mine = _private.with_weights(checkpoint, own["state_dict"])
             mine[replica_files.KEY] = {"engine": own["engine"], "resume": own["resume"]}
             self.checkpoint_io.save_checkpoint(
                 mine,
@@ -354,7 +372,10 @@ class ReplicaStrategy(DDPStrategy):
         main = self._read(checkpoint_path, **kwargs)
         pointer = main.pop(replica_files.KEY, None)
         fitting = self.lightning_module is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if not fitting or pointer is None:
+        if not fitting:
+            self._final = None  # the module will no longer hold what training ended with
+            return main
+        if pointer is None:
             return main
         tag, size = str(pointer["replicas"]), int(pointer["world_size"])
         if size != self.world_size:
@@ -373,7 +394,7 @@ class ReplicaStrategy(DDPStrategy):
         mine = self._read(replica_files.file(checkpoint_path, tag, self.global_rank, size), **kwargs)
         self._restored = mine.pop(replica_files.KEY)
         self._resume.load_state(self._restored["resume"], mine)
-        if self.engine is not None:  # tuners save and restore in the middle of a fit
+        if self._running:  # tuners save and restore in the middle of a fit
             self._restore_engine()
         return mine
 
@@ -418,7 +439,7 @@ class ReplicaStrategy(DDPStrategy):
     def teardown(self) -> None:
         """Undo everything local; nothing here waits for other ranks."""
         self._undo_quiet()
-        self._undo_quiet = _nothing
+        self._undo_quiet, self._running = _nothing, False
         if self._watch is not None:
             self._watch.stop()
         if self._swap is not None:
