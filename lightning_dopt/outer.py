@@ -35,8 +35,9 @@ class SGD(Outer):
     """
 
     def __init__(self, lr: float = 1.0, momentum: float = 0.0, nesterov: bool = False) -> None:
-        self.lr = check_float("SGD", "lr", lr, 0.0, open_low=True)
-        self.momentum = check_float("SGD", "momentum", momentum, 0.0, 1.0, open_high=True)
+        owner = type(self).__name__
+        self.lr = check_float(owner, "lr", lr, 0.0, open_low=True)
+        self.momentum = check_float(owner, "momentum", momentum, 0.0, 1.0, open_high=True)
         if nesterov and momentum == 0.0:
             raise ValueError("SGD(nesterov=True): needs a momentum in (0, 1), got momentum=0")
         self.nesterov = nesterov

@@ -227,8 +227,9 @@ def _check_apply(sync: Sync) -> None:
 
 def _warn(sync: Sync, compressor: Compressor) -> None:
     if isinstance(sync.codec, Compressor) and sync.combine.linear and sync.what.slot in ("parameters", "gradients"):
-        delta = compressor.contraction((1 << 20,))
-        if delta is not None and delta < 0.5 and compressor.variance((1 << 20,)) is None:
+        shape = (1024, 1024)  # a matrix, since low rank codecs send vectors whole
+        delta = compressor.contraction(shape)
+        if delta is not None and delta < 0.5 and compressor.variance(shape) is None:
             warnings.warn(
                 f"Sync(codec={compressor!r}): drops much of each message and nothing remembers it, which can diverge; use "
                 f"codec=ErrorFeedback({compressor!r})",
