@@ -479,3 +479,21 @@ def test_a_link_takes_the_time_it_should() -> None:
     overlapped = Plan([Sync(when=Every(4), apply=Delay(3))])
     assert mosaic_simulation(overlapped, 4, link=link).run(7).worlds[0].clock.stall_s == 0.0  # type: ignore[union-attr]
     assert stall(Plan([Sync(when=AtEnd(), peers=Complete())])) == 0.0
+
+
+# ---------------------------------------------------------------------- the mean replica
+
+
+def test_consensus_is_the_root_mean_square_distance_and_the_mean() -> None:
+    sim = scattered(Plan(), 4)
+    rows = sim.stacked()
+    expected = ((rows - rows.mean(0)).square().sum(1).mean()).sqrt()
+    with torch.no_grad():
+        views = lockstep([e.consensus() for e in sim.engines])
+    for distance, means in views:
+        torch.testing.assert_close(distance, expected.view(1))
+        torch.testing.assert_close(means[0], rows.mean(0))
+    assert sim.distance() == pytest.approx(float(expected))
+    assert torch.equal(sim.stacked(), rows)
+    assert sim.bytes == [0] * 4
+    assert sim.worlds[0].ledger.overhead > 0
