@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 torch.set_num_threads(1)
 T = TypeVar("T")
@@ -43,6 +43,14 @@ def regression(samples: int = 32, width: int = 4, seed: int = 0, batch: int = 4,
     x = torch.randn(samples, width, generator=generator)
     y = torch.sin(x @ torch.randn(width, 1, generator=generator)) + 0.1 * torch.randn(samples, 1, generator=generator)
     return DataLoader(TensorDataset(x, y), batch_size=batch, shuffle=shuffle)
+
+
+def shares(loader: DataLoader, rank: int, epoch: int = 0, n: int = 2) -> list[tuple[Tensor, ...]]:
+    """The batches of one rank with the DistributedSampler that Lightning puts into a training loader."""
+    sampler = DistributedSampler(loader.dataset, n, rank, shuffle=True)
+    sampler.set_epoch(epoch)
+    order = torch.tensor(list(sampler))
+    return [tuple(t[chunk] for t in loader.dataset.tensors) for chunk in order.split(loader.batch_size)]
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -104,13 +112,14 @@ def flat(module: nn.Module, buffers: bool = True) -> Tensor:
 
 
 class Trace(Callback):
-    """The module's weights after every training batch, in :attr:`rows`, and when training ended."""
+    """The module's weights after every optimizer step, by step, in :attr:`rows`."""
 
     def __init__(self) -> None:
         self.rows: dict[int, Tensor] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.rows[trainer.global_step] = flat(pl_module)
+        if trainer.global_step:
+            self.rows[trainer.global_step] = flat(pl_module)
 
     def stacked(self) -> Tensor:
         return torch.stack(list(self.rows.values()))
