@@ -32,9 +32,14 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
+def classes() -> dict[str, type[Topology]]:
+    """The topologies that have a name, by their name in snake case; static graphs first."""
+    return {_snake(cls.__name__): cls for cls in _CLASSES}
+
+
 def names() -> list[str]:
     """The names :func:`by_name` knows, in snake case; static graphs first."""
-    return [_snake(cls.__name__) for cls in _CLASSES]
+    return list(classes())
 
 
 def by_name(name: str) -> Topology:
