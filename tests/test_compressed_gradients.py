@@ -29,6 +29,8 @@ from lightning_dopt import (
 from lightning_dopt.compress import BF16, FP16, Compressor
 from lightning_dopt.compress.base import Codec
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sync")
+
 
 def close(a: Tensor, b: Tensor, tol: float = 1e-12) -> None:
     torch.testing.assert_close(a, b, rtol=tol, atol=tol)

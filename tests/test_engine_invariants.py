@@ -48,7 +48,7 @@ from lightning_dopt.what import OptimizerState
 pytestmark = pytest.mark.filterwarnings("ignore:Sync")
 
 NAMED = [pytest.param(plan, id=name) for name, plan in PLANS.items()]
-MIXED = [pytest.param(plan, id=f"mix{k}") for k, plan in enumerate(sample(40))]
+MIXED = [pytest.param(plan, id=f"mix{k}") for k, plan in enumerate(sample(30))]
 ALL = NAMED + MIXED
 
 
@@ -283,19 +283,19 @@ def assert_same(a: Simulation, b: Simulation) -> None:
 
 
 RESUMED = [
-    *ALL[: len(NAMED) + 20],
+    *ALL[: len(NAMED) + 15],
     pytest.param(
         Plan([Sync(when=Every(3)), Sync(when=Every(2), what="optimizer.exp_avg"), Sync(what="optimizer.exp_avg_sq")]),
         id="optimizer states",
     ),
     pytest.param(
         Plan(
-            [Sync(when=Every(5), outer=outer.Adam(), codec=ErrorFeedback(LowRank(1, 1.0)), apply=Delay(4, Lerp(0.5)))]
+            [Sync(when=Every(4), outer=outer.Adam(), codec=ErrorFeedback(LowRank(1, 1.0)), apply=Delay(3, Lerp(0.5)))]
         ),
         id="delayed low rank",
     ),
     pytest.param(
-        Plan([Sync(when=Every(5), outer=outer.FromOptimizer(lambda ps: torch.optim.Adagrad(ps, lr=0.1)))]),
+        Plan([Sync(when=Every(2), outer=outer.FromOptimizer(lambda ps: torch.optim.Adagrad(ps, lr=0.1)))]),
         id="function",
     ),
 ]
@@ -304,17 +304,16 @@ RESUMED = [
 @pytest.mark.parametrize("plan", RESUMED)
 def test_a_run_resumed_at_any_step_is_the_same_run(plan: Plan) -> None:
     """Also while a message is under way; and landing for a checkpoint changes nothing."""
-    reference = mosaic_simulation(plan, 3 if plan.syncs and "Hyper" not in repr(plan) else 2, adam)
-    n = len(reference.replicas)
-    reference.run(7).finish()
-    going, files = mosaic_simulation(plan, n, adam), []
-    for _ in range(7):
+    steps = 7 if "steps=3" in repr(plan) else 5
+    reference = mosaic_simulation(plan, 4, adam).run(steps).finish()
+    going, files = mosaic_simulation(plan, 4, adam), []
+    for _ in range(steps):
         files.append(save(going))
         going.run(1)
     files.append(save(going))
     assert_same(going.finish(), reference)
     for step, data in enumerate(files):
-        assert_same(load(mosaic_simulation(plan, n, adam), data).run(7 - step).finish(), reference)
+        assert_same(load(mosaic_simulation(plan, 4, adam), data).run(steps - step).finish(), reference)
 
 
 def test_a_message_is_under_way_at_some_checkpoint() -> None:

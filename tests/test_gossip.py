@@ -57,7 +57,7 @@ def still(n: int, d: int = 6) -> Quadratics:
 # ---------------------------------------------------------------------- plain gossip
 
 
-@pytest.mark.parametrize("lr", [0.1, 0.05, 0.025])
+@pytest.mark.parametrize("lr", [0.1, 0.05])
 def test_fixed_points(lr: float) -> None:
     ring = {order: plans.gossip(Ring(), order=order) for order in ("atc", "awc")}  # type: ignore[arg-type]
     atc = torch.linalg.solve(EYE - W @ (EYE - lr * A), lr * W @ A @ C)
@@ -70,6 +70,7 @@ def test_fixed_points(lr: float) -> None:
 def test_fixed_points_in_numbers() -> None:
     atc = settle(plans.gossip(Ring()), 0.1, 200)
     awc = settle(plans.gossip(Ring(), order="awc"), 0.1, 200)
+    assert (awc.mean() - 3).abs() > 2 * (atc.mean() - 3).abs()
     expected = torch.tensor([[2.949718, 2.810672, 3.041047, 3.076449], [2.703297, 2.644183, 2.971580, 3.273399]])
     torch.testing.assert_close(torch.stack([atc, awc]).float(), expected, rtol=0, atol=1e-6)
 
@@ -93,8 +94,6 @@ def test_awc_takes_the_gradient_before_and_the_step_after_mixing() -> None:
 def test_the_bias_is_proportional_to_the_learning_rate(lr: float, error: float) -> None:
     weights = settle(plans.gossip(Ring()), lr, int(10 / lr))
     assert float((weights - 3).abs().max()) == pytest.approx(error, abs=6e-5)
-    awc = settle(plans.gossip(Ring(), order="awc"), lr, int(10 / lr))
-    assert (awc.mean() - 3).abs() > 2 * (weights.mean() - 3).abs()
 
 
 @pytest.mark.parametrize(("k", "error"), [(1, 0.0995), (2, 0.2019), (5, 0.4175), (10, 0.6213)])
@@ -147,7 +146,7 @@ def test_one_peer_graphs_agree_after_one_period(topology: Topology) -> None:
 # ---------------------------------------------------------------------- Adam
 
 
-def with_decay(plan: Plan, phases: int = 6, length: int = 60) -> Tensor:
+def with_decay(plan: Plan, phases: int = 6, length: int = 50) -> Tensor:
     """Adam with a learning rate that is halved again and again."""
     problem = p1()
     sim = problem.simulate(plan, lambda ps: torch.optim.Adam(ps, lr=0.1))
@@ -219,9 +218,9 @@ def test_exact_diffusion_survives_a_drop_of_the_learning_rate() -> None:
 def test_exact_diffusion_with_momentum_needs_its_share() -> None:
     def error(kappa: float) -> float:
         plan = Plan([Sync(peers=Lazy(Ring()))], [ExactDiffusion(kappa)])
-        return float((p1().simulate(plan, sgd(0.05, 0.9)).run(350).stacked() - 3).abs().max())
+        return float((p1().simulate(plan, sgd(0.05, 0.9)).run(300).stacked() - 3).abs().max())
 
-    assert error(0.1) < 1e-3
+    assert error(0.1) < 2e-3
     assert not error(1.0) < 1.0
 
 

@@ -237,6 +237,7 @@ def test_one_round_with_plain_outer_sgd(share: float | str, w: float) -> None:
         before = sim.run(1).stacked()
         close(before, -0.6 * (total + w * delta))
         total += delta.mean(0)
+    close(sim.finish().stacked(), -0.6 * total.expand(4, 5))  # the last round arrives, the own share goes back
 
 
 def test_eager_with_one_worker_is_diloco_and_delayed_is_not() -> None:
@@ -252,7 +253,7 @@ def test_eager_with_one_worker_is_diloco_and_delayed_is_not() -> None:
 @pytest.mark.parametrize(
     ("mu", "share", "n", "bound"),
     [
-        (0.0, None, 2, 2.0), (0.0, 0.0, 2, 1.0), (0.0, "own_share", 4, 1.33), (0.0, "own_share", 8, 1.14),
+        (0.0, None, 2, 2.0), (0.0, 0.0, 2, 1.0), (0.0, "own_share", 4, 1.33),
         (0.5, None, 2, 1.5), (0.5, 0.0, 2, 0.56), (0.5, "own_share", 2, 1.19), (0.5, "own_share", 4, 0.77),
         (0.9, None, 2, 1.36), (0.9, 0.0, 2, 0.25), (0.9, "own_share", 2, 0.77), (0.9, "own_share", 4, 0.42),
     ],
@@ -265,8 +266,8 @@ def test_stability_bounds(mu: float, share: float | str | None, n: int, bound: f
         step = outer.SGD(rate, mu, nesterov=mu > 0)
         apply = OneRound(share) if share is not None else None  # type: ignore[arg-type]
         plan = Plan([Sync(when=Every(2), signal="delta", outer=step, apply=apply)])
-        e = path(Quadratics.scalar([1] * n, [0] * n), plan, 300, 1.0, 1.0)[::2].abs().amax((1, 2))
-        return float(e[-40:].max() / e[40:80].max())
+        e = path(Quadratics.scalar([1] * n, [0] * n), plan, 200, 1.0, 1.0)[::2].abs().amax((1, 2))
+        return float(e[-25:].max() / e[25:50].max())
 
     assert growth(0.95 * bound) < 0.9
     assert growth(1.05 * bound) > 1.1
