@@ -201,6 +201,21 @@ def test_exact_diffusion_follows_its_recursion() -> None:
         close(sim.run(1).stacked(), x, 1e-11)
 
 
+@pytest.mark.parametrize(("k", "kappa"), [(1, 0.5), (3, 1.0)])
+def test_exact_diffusion_in_gradient_units_follows_its_recursion(k: int, kappa: float) -> None:
+    """``K`` steps with ``g - h``, then ``x = V psi`` and ``h <- h + kappa (x - psi) / (lr K)``."""
+    problem, lr, v = p1(), 0.05, Lazy(Ring()).matrix(4)
+    sim = problem.simulate(Plan([Sync(when=Every(k), peers=Lazy(Ring()))], [ExactDiffusion(kappa)]), lr)
+    x, h = torch.zeros(2, 4, 1, dtype=torch.float64)
+    for _ in range(12):
+        psi = x
+        for _ in range(k):
+            psi = psi - lr * (torch.stack([problem.gradient(i, psi[i]) for i in range(4)]) - h)
+        x = v @ psi
+        h = h + kappa * (x - psi) / (lr * k)
+        close(sim.run(k).stacked(), x, 1e-11)
+
+
 def test_exact_diffusion_without_laziness_diverges_on_a_torus() -> None:
     problem = p2()
     plan = Plan([Sync(peers=Torus())], [ExactDiffusion()])
