@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -16,6 +17,8 @@ from lightning_dopt.comm.link import LinkClock
 from lightning_dopt.comm.world import Pending, SyncError, Talk, World
 
 T = TypeVar("T")
+# One function, renamed in torch 2.14.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class _Work(Pending):
@@ -51,10 +54,15 @@ class _Work(Pending):
         return self.result()
 
     def _explain(self, error: Exception, waited: float) -> str:
-        where = f"rank {self.world.rank}, step {self.step}, sync '{self.label}'"
-        reason = self.world.diagnose(self.label, self.step)
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"{where}: no answer from {reason or self.peers} after {waited:.1f} s ({first})"
+        who = self.world.diagnose(self.label, self.step) or self.peers
+        return no_answer(self.world.rank, self.step, f"sync '{self.label}'", who, waited, error)
+
+
+def no_answer(rank: int, step: int, where: str, who: str, waited: float, error: Exception) -> str:
+    """The line of a :class:`SyncError`: where this rank waited, for whom, and what the backend said."""
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    said = re.sub(r"^\[\S*\] ", "", said).partition(". This is typically caused by")[0]
+    return f"rank {rank}, step {step}, {where}: no answer after {waited:.1f} s from {who} ({said})"
 
 
 class ProcessGroupWorld(World):
@@ -137,7 +145,7 @@ class ProcessGroupWorld(World):
         seconds = self.clock.link.all_gather(payload.nbytes, self.size) if self.clock is not None else 0.0
         return self._start(
             lambda: (
-                [dist.all_gather_into_tensor(out.view(-1), payload, group=self.group, async_op=True)]
+                [_all_gather(out.view(-1), payload, group=self.group, async_op=True)]
                 if self.size > 1
                 else []
             ),

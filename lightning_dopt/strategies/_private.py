@@ -12,22 +12,32 @@ from typing import Any
 import torch.distributed as dist
 
 
-def quiet_sigterm_broadcast(trainer: Any, communicates: Callable[[], bool]) -> Callable[[], None]:
-    """Let Lightning's per-batch broadcast of a SIGTERM flag (since 2.5.2) run only on communicating steps.
+def replace_sigterm(
+    trainer: Any, on_signal: Callable[[int, object], None], before_batch: Callable[[], None]
+) -> Callable[[], None]:
+    """Let ``on_signal`` handle SIGTERM and ``before_batch`` take the place of Lightning's broadcast before every batch.
 
-    It runs on the default group before every batch and would keep workers in lock step that have nothing to say to
-    each other. All ranks must get the same answers from ``communicates``. Returns the function that undoes the change.
+    Lightning (since 2.5.2) broadcasts a flag on the default group before every batch, which keeps workers in lock step
+    that have nothing to say to each other, and swallows what goes wrong there. It also broadcasts inside the signal
+    handler, which deadlocks if the signal finds one rank waiting for another. Call it before Lightning registers its
+    handlers, as in ``Strategy.setup``. Returns the function that undoes the change.
     """
-    loop = trainer.fit_loop.epoch_loop
-    original = getattr(type(loop), "_broadcast_sigterm_tensor", None)
-    if original is None:  # Lightning before 2.5.2 has no such broadcast
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
+    if not hasattr(loop, "_broadcast_sigterm_tensor"):  # Lightning before 2.5.2 only notes the signal
         return lambda: None
-    loop._broadcast_sigterm_tensor = lambda: original(loop) if communicates() else None
+    loop._broadcast_sigterm_tensor = before_batch
+    connector._sigterm_notifier_fn = on_signal
 
     def undo() -> None:
         vars(loop).pop("_broadcast_sigterm_tensor", None)
+        vars(connector).pop("_sigterm_notifier_fn", None)
 
     return undo
+
+
+def received_sigterm(trainer: Any) -> None:
+    """Make Lightning's loops raise ``SIGTERMException`` as soon as their batch is done."""
+    trainer._signal_connector.received_sigterm = True
 
 
 def default_store() -> Any | None:
@@ -40,6 +50,11 @@ def default_store() -> Any | None:
     except ImportError:
         return None
     return _get_default_store() if dist.is_initialized() else None
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether an error of ``torch.distributed`` is about peers, not arguments; gloo's are plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def layer_sync(strategy: Any) -> object | None:

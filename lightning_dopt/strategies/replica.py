@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,16 +19,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dopt._checks import check_choice, check_int
-from lightning_dopt.comm import Link, ProcessGroupWorld
+from lightning_dopt.comm import Link, ProcessGroupWorld, SyncError
 from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.comm.link import LinkClock
+from lightning_dopt.comm.process_group import no_answer
 from lightning_dopt.engine import Engine
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.strategies import _private, optimizers, replica_files
 from lightning_dopt.strategies.resume import ExactResume
+from lightning_dopt.strategies.stop_signal import StopSignal
 from lightning_dopt.strategies.watch import Watch
 from lightning_dopt.strategies.weights import WeightSwap
 
+T = TypeVar("T")
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
@@ -46,7 +51,8 @@ class ReplicaStrategy(DDPStrategy):
         clock: Which optimizer's steps count, if there are several (index as in ``configure_optimizers``).
         measure_every: Optimizer steps between measurements of ``consensus/distance`` during training, at the price of an
             all-reduce of the model each; 0 measures at validation only.
-        link: Also keep a virtual clock as if all ranks were connected by such links; shown as ``comm/link_s``.
+        link: Also keep a virtual clock as if all ranks were connected by such links: ``comm/link_s`` is the time the run
+            would have taken so far (measured computing, modelled messages), ``comm/link_stall_s`` how much of it is waiting.
         timeout: How long a rank waits for others before it gives up.
         process_group_backend: ``"gloo"``, ``"nccl"``; ``None`` picks by device.
         start_method: How Lightning starts the processes.
@@ -106,6 +112,7 @@ class ReplicaStrategy(DDPStrategy):
         self._watch: Watch | None = None
         self._swap: WeightSwap | None = None
         self._distance: float | None = None
+        self._told: tuple[float, float] | None = None
         self._resume = ExactResume()
         self._restored: dict[str, Any] | None = None
         self._final: dict[str, Any] | None = None
@@ -124,10 +131,33 @@ class ReplicaStrategy(DDPStrategy):
         self.plan.check(self.num_nodes * self.num_processes)
 
     def setup_environment(self) -> None:
-        """Make the process groups (again for each ``fit`` or ``validate``, but only once in a process)."""
-        super().setup_environment()
-        if self.world is None:
-            self.world = ProcessGroupWorld(timeout=self.timeout, backend=self._process_group_backend)
+        """Make the process groups (again for each ``fit`` or ``validate``, but only once in a process).
+
+        Raises:
+            SyncError: not all processes came within ``timeout``.
+        """
+        try:
+            super().setup_environment()
+            if self.world is None:
+                self.world = ProcessGroupWorld(timeout=self.timeout, backend=self._process_group_backend)
+        except (RuntimeError, dist.DistError) as error:
+            if not _private.is_lost_connection(error):
+                raise
+            raise SyncError(self._nobody_came(error)) from error
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            self._watch = Watch(_private.default_store(), self.global_rank, self.world_size)
+            self.world.diagnose = self._watch.diagnose
+            self._watch.start()
+
+    def _nobody_came(self, error: Exception) -> str:
+        environment = self.cluster_environment
+        assert environment is not None
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return (
+            f"rank {self.global_rank} of {self.world_size} could not meet the others at {environment.main_address}:"
+            f"{environment.main_port} within {self.timeout.total_seconds():g} s: start all processes with the same "
+            f"address, port and numbers of nodes and devices ({first})"
+        )
 
     def configure_ddp(self) -> None:
         """Nothing is wrapped."""
@@ -141,15 +171,13 @@ class ReplicaStrategy(DDPStrategy):
         assert self.lightning_module is not None
         self.world.ledger = Ledger()
         self.world.clock = LinkClock(self.link) if self.link is not None else None
-        self._watch = Watch(_private.default_store(), self.global_rank, self.world_size)
-        self.world.diagnose = self._watch.diagnose
-        self._watch.start()
         if self._restored is None:
-            self._share_start()
+            with self._answers("broadcast of the start"):
+                self._share_start()
         self.engine = self._make_engine()
-        self._final, self._swap, self._running = None, None, True
+        self._final, self._swap, self._running, self._told = None, None, True, None
         self._restore_engine()
-        self._undo_quiet = _private.quiet_sigterm_broadcast(trainer, self.engine.communicates)
+        self._undo_quiet = StopSignal(trainer, self.engine.communicates, self._answers).undo
         if self.evaluate == "consensus" and any(_private.averages_weights(c) for c in trainer.callbacks):
             self._warn_of_averages()
 
@@ -197,7 +225,8 @@ class ReplicaStrategy(DDPStrategy):
         super().on_train_start()
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         batches: list[Any] = [None] * self.world_size
-        dist.all_gather_object(batches, trainer.num_training_batches)
+        with self._answers("comparison of loaders"):
+            dist.all_gather_object(batches, trainer.num_training_batches)
         if len(set(batches)) > 1:
             raise ValueError(
                 f"ranks have unequal numbers of training batches, {batches}: ranks with more would wait for ever"
@@ -207,6 +236,7 @@ class ReplicaStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's training step, after syncs that belong before the forward pass."""
         assert self.engine is not None
+        self._computed()
         self.engine.run(self.engine.before_step())
         return super().training_step(*args, **kwargs)
 
@@ -214,14 +244,20 @@ class ReplicaStrategy(DDPStrategy):
         """One optimizer step: gradient syncs at the end of the closure, the tick after the update."""
         engine, index = self.engine, self._index.position(_private.unwrap_optimizer(optimizer))
         assert engine is not None
+        if index == self.clock_index and not engine.begun:
+            raise ValueError(
+                "Blocking(order='cta' or 'awc'): needs one step of the clock optimizer per training_step; use order='atc'"
+            )
 
         def closure_and_sync() -> Any:
             out = closure()
+            self._computed()
             engine.run(engine.on_gradients(self._loss_scale(), index if self._index.several else 0))
             return out
 
         out = super().optimizer_step(optimizer, closure_and_sync, model, **kwargs)
         if index == self.clock_index:
+            self._computed()
             engine.run(engine.after_step())
             if self.measure_every and engine.step % self.measure_every == 0:
                 self._distance = float(engine.run(engine.consensus())[0])
@@ -232,23 +268,32 @@ class ReplicaStrategy(DDPStrategy):
         scaler = getattr(self.precision_plugin, "scaler", None)
         return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
 
+    def _computed(self) -> None:
+        """Tell the virtual clock how long this rank has been busy since it was last told: wall time without waiting."""
+        assert self.world is not None
+        now, stalled = time.perf_counter(), self.world.ledger.stall_s
+        if self.world.clock is not None and self._told is not None:
+            self.world.clock.compute(max(0.0, now - self._told[0] - (stalled - self._told[1])))
+        self._told = (now, stalled)
+
     def _log(self) -> None:
-        module, world = self.lightning_module, self.world
+        module, world, engine = self.lightning_module, self.world, self.engine
         assert module is not None
         assert world is not None
-        values: dict[str, float] = {"comm/bytes": world.ledger.bytes, "comm/stall_s": world.ledger.stall_s}
-        if world.clock is not None:
-            values["comm/link_s"] = world.clock.stall_s
+        assert engine is not None
+        ledger = world.ledger
+        shown: dict[str, float] = {"comm/bytes": ledger.bytes, "comm/stall_s": ledger.stall_s}
         if self._distance is not None:
-            values["consensus/distance"] = self._distance
-        for name, value in values.items():  # float64: single precision cannot count beyond 16 million bytes
-            module.log(
-                name,
-                torch.tensor(value, dtype=torch.float64),
-                prog_bar=name != "comm/link_s",
-                on_step=True,
-                on_epoch=False,
-            )
+            shown["consensus/distance"] = self._distance
+        quiet: dict[str, float] = {}
+        if engine.step % max(1, module.trainer.log_every_n_steps) == 0:
+            quiet = {"comm/bytes_per_step": ledger.bytes / engine.step, "comm/overhead_bytes": ledger.overhead}
+            quiet |= {f"comm/bytes/{label}": entry.bytes for label, entry in ledger.entries.items() if entry.bytes}
+        if world.clock is not None:
+            quiet |= {"comm/link_s": world.clock.now, "comm/link_stall_s": world.clock.stall_s}
+        for name, value in (shown | quiet).items():  # float64: single precision cannot count beyond 16 million bytes
+            number = torch.tensor(value, dtype=torch.float64)
+            module.log(name, number, prog_bar=name in shown, on_step=True, on_epoch=False)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -429,13 +474,42 @@ class ReplicaStrategy(DDPStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks, except in a failed run, where peers may be gone."""
         if not self._interrupted:
-            super().barrier(*args, **kwargs)
+            with self._answers(f"barrier {args[0]!r}" if args else "barrier"):
+                super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """One rank's object for all."""
+        with self._answers("broadcast"):
+            return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        """The mean (or what is asked for) over all ranks, as for ``self.log(..., sync_dist=True)``."""
+        with self._answers("reduction of a metric"):
+            return super().reduce(tensor, *args, **kwargs)
+
+    def all_gather(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Every rank's tensor, stacked."""
+        with self._answers("all_gather"):
+            return super().all_gather(tensor, *args, **kwargs)
+
+    @contextmanager
+    def _answers(self, where: str) -> Iterator[None]:
+        """Say who is missing if communication outside the plan fails."""
+        start = time.perf_counter()
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if not _private.is_lost_connection(error):
+                raise
+            waited, step = time.perf_counter() - start, self.engine.step + 1 if self.engine is not None else 0
+            who = self._watch.diagnose(where, step) if self._watch is not None else ""
+            raise SyncError(no_answer(self.global_rank, step, where, who or "some rank", waited, error)) from error
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks."""
         super().on_exception(exception)
-        if self._watch is not None and self.engine is not None:
-            self._watch.failed(exception, self.engine.step + 1)
+        if self._watch is not None:
+            self._watch.failed(exception, self.engine.step + 1 if self.engine is not None else 0)
 
     def teardown(self) -> None:
         """Undo everything local; nothing here waits for other ranks."""

@@ -8,7 +8,12 @@ import os
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+SECONDARY = ("SyncError", "DistBackendError", "DistNetworkError", "DistStoreError")
+"""Errors that another rank's failure causes."""
 
 
 class Watch:
@@ -23,10 +28,14 @@ class Watch:
         size: Number of ranks.
         grace: Seconds between another rank's failure and the end of this process.
         poll: Seconds between looks at the store.
+        patience: Seconds that a look may take: a process that is stopped keeps its connections and never answers.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, grace: float = 15.0, poll: float = 3.0) -> None:
-        self.store, self.rank, self.size, self.grace, self.poll = store, rank, size, grace, poll
+    def __init__(
+        self, store: Any, rank: int, size: int, grace: float = 15.0, poll: float = 3.0, patience: float = 5.0
+    ) -> None:
+        self.store, self.rank, self.size = store, rank, size
+        self.grace, self.poll, self.patience = grace, poll, patience
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -47,8 +56,8 @@ class Watch:
 
     def failed(self, error: BaseException, step: int) -> None:
         """Note that this rank raised ``error`` at ``step``; the first line is kept."""
-        text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        self._write(f"dopt/failed/{self.rank}", f"{step}|{text}")
+        first = (str(error).splitlines() or [""])[0]
+        self._write(f"dopt/failed/{self.rank}", f"{step}|{type(error).__name__}{': ' if first else ''}{first}")
 
     def diagnose(self, label: str, step: int) -> str:
         """After failed communication: who is missing, as far as the notes tell, in words."""
@@ -57,27 +66,48 @@ class Watch:
             return ""
         deadline = time.monotonic() + 2.0
         notes: dict[int, str] = {}
+        waiting: dict[int, str] = {}
         while time.monotonic() < deadline:
             try:
-                notes = self._read("failed")
-                waiting = self._read("waiting")
+                notes, waiting = self._ask(lambda: (self._read("failed"), self._read("waiting")))
+            except TimeoutError:
+                return "rank 0 (stopped, or cut off from this rank)"
             except Exception:
-                return "rank 0, which is gone (it kept the store)"
-            culprits = {
-                r: n for r, n in notes.items() if r != self.rank and not n.partition("|")[2].startswith("SyncError")
-            }
+                return "rank 0, which is gone (its own output may say why)"
+            culprits = {r: n for r, n in notes.items() if r != self.rank and not _secondary(n)}
             if culprits:
                 rank, note = next(iter(sorted(culprits.items())))
                 at, _, text = note.partition("|")
-                return f"rank {rank}, which failed at step {at} with {text}"
+                when = f"at step {at}" if int(at) else "before the first step"
+                return f"rank {rank}, which failed {when} with {text}"
             time.sleep(0.1)
         silent = [r for r in range(self.size) if r != self.rank and r not in waiting and r not in notes]
         return f"rank(s) {', '.join(map(str, silent))} (killed, hanging or out of step)" if silent else ""
 
+    def _ask(self, question: Callable[[], T]) -> T:
+        """The answer to a question to the store, which itself would wait for ever for a stopped process."""
+        answers: list[T] = []
+        errors: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                answers.append(question())
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=ask, name="dopt-ask", daemon=True)
+        thread.start()
+        thread.join(self.patience)
+        if errors:
+            raise errors[0]
+        if not answers:
+            raise TimeoutError(f"the store did not answer within {self.patience} s")
+        return answers[0]
+
     def _write(self, key: str, value: str) -> None:
         if self.store is not None:
             with contextlib.suppress(Exception):  # the store lives on rank 0, which may be what failed
-                self.store.set(key, value)
+                self._ask(lambda: self.store.set(key, value))
 
     def _read(self, kind: str) -> dict[int, str]:
         keys = {r: f"dopt/{kind}/{r}" for r in range(self.size)}
@@ -88,14 +118,26 @@ class Watch:
             try:
                 others = {r: n for r, n in self._read("failed").items() if r != self.rank}
             except Exception:
-                others = {0: "|the store on rank 0 is gone"}
+                others = {0: "|its process has ended"}
             if others and not self._stop.wait(self.grace):
-                rank, note = next(iter(sorted(others.items())))
+                self._end(others)
+
+    def _end(self, others: dict[int, str]) -> None:
+        rank, note = min(others.items(), key=lambda item: (_secondary(item[1]), item[0]))
+        try:
+            with contextlib.suppress(Exception):  # in a notebook, standard error may not be a file
                 print(
-                    f"[rank {self.rank}] ended: rank {rank} failed {self.grace:.0f} s ago ({note.partition('|')[2]}) and "
-                    "this rank has not noticed; it was here:",
+                    f"[rank {self.rank}] ended: rank {rank} failed {self.grace:.0f} s ago ({note.partition('|')[2]}) "
+                    "and this rank has not noticed; it was here:",
                     file=sys.stderr,
                     flush=True,
                 )
-                faulthandler.dump_traceback()
-                os._exit(1)
+                faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+        finally:
+            os._exit(1)
+
+
+def _secondary(note: str) -> bool:
+    """Whether a note tells of a failure that followed from another rank's."""
+    text = note.partition("|")[2]
+    return text.startswith(SECONDARY) or "gloo" in text or "NCCL" in text

@@ -1,0 +1,64 @@
+"""SIGTERM: all ranks stop together where they meet anyway, or each on its own if that takes too long."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_dopt.strategies import _private
+
+PATIENCE = 10.0
+"""Seconds from the signal until a rank stops on its own; schedulers kill after 30 s, and a checkpoint takes time."""
+
+
+class StopSignal:
+    """Handles SIGTERM during ``fit``, without communication inside the signal handler.
+
+    The signal is noted. Before the next communicating step rank 0 tells all whether it got one; then all raise
+    ``SIGTERMException`` at the same step, so that replicas saved by a callback belong together. A rank that has not
+    come to such a step within :data:`PATIENCE` seconds stops after its batch.
+
+    Args:
+        trainer: The Trainer, before it registers its signal handlers.
+        communicates: Whether the coming optimizer step does; the same on all ranks.
+        answers: Makes the context in which to communicate; turns errors into readable ones.
+    """
+
+    def __init__(
+        self, trainer: Any, communicates: Callable[[], bool], answers: Callable[[str], AbstractContextManager[None]]
+    ) -> None:
+        self.trainer, self.communicates, self.answers = trainer, communicates, answers
+        self._timer: threading.Timer | None = None
+        self._undo = _private.replace_sigterm(trainer, self._on_signal, self._before_batch)
+
+    def undo(self) -> None:
+        """The fit is over."""
+        self._undo()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        if self._timer is not None:
+            return
+        self._timer = threading.Timer(PATIENCE, _private.received_sigterm, (self.trainer,))
+        self._timer.daemon = True
+        self._timer.start()
+        launcher = self.trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signum)
+
+    def _before_batch(self) -> None:
+        if not self.communicates():
+            return
+        flag = torch.tensor([int(self._timer is not None)], device=self.trainer.strategy.root_device)
+        with self.answers("broadcast before the step"):
+            dist.broadcast(flag, 0)
+        if flag.item():
+            _private.received_sigterm(self.trainer)
+            raise SIGTERMException
