@@ -240,7 +240,8 @@ def lonely(world: ProcessGroupWorld) -> str:
 
 def test_a_missing_rank_is_named(ranks: Ranks) -> None:
     message = ranks(lonely, 2)[0]
-    assert message.startswith("rank 0, step 7, sync 'test': no answer from some rank after")
+    assert message.startswith("rank 0, step 7, sync 'test': no answer")
+    assert "from some rank" in message
     assert "\n" not in message
 
 
