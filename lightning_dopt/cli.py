@@ -49,12 +49,16 @@ class _OneLine(ArgumentParser):
             super().error(message, ex)
         raise BadInputError(_line(message))
 
+    def make(self, given: Any) -> Any:
+        """The objects that the parsed options describe."""
+        return getattr(self, "instantiate", self.instantiate_classes)(given)  # renamed in jsonargparse 4.49
+
 
 class _LightningParser(_OneLine, LightningArgumentParser):
     """Lightning's parser with errors in one line."""
 
 
-class _CLI(LightningCLI):
+class DoptCLI(LightningCLI):
     """Lightning's command line, for which wrong input is no reason for a traceback."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -82,7 +86,7 @@ class _CLI(LightningCLI):
 
 def train(arguments: Sequence[str] | None) -> None:
     """``dopt fit`` and its kin; ``None`` reads the command line, which the processes of other ranks run again."""
-    _CLI(
+    DoptCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -129,7 +133,7 @@ def topology_command(arguments: Sequence[str]) -> str:
     parser.add_argument("-n", type=int, required=True, help="number of workers")
     parser.add_argument("--plot", type=str, help="also draw it into this file (.png or .svg)")
     given = parser.parse_args(_prefixed(cls, "graph", rest))
-    made = parser.instantiate_classes(given).graph
+    made = parser.make(given).graph
     text = show.topology_text(made, given.n)
     return text if given.plot is None else f"{text}\n  drawn in             {topology.draw(made, given.n, given.plot)}"
 
@@ -164,7 +168,7 @@ def _parsed(name: str, parser: _OneLine, arguments: Sequence[str]) -> tuple[Plan
     if given.model is not None and given.parameters is not None:
         raise BadInputError("give either --parameters or --model")
     with torch.device("meta" if given.model is not None else "cpu"):  # a model's shapes are enough
-        made = parser.instantiate_classes(given)
+        made = parser.make(given)
     shapes, buffers = square_layers(given.parameters or 10_000_000), 0
     if given.model is not None:
         shapes, buffers = show.shapes_of(made.model)
