@@ -19,11 +19,12 @@ import subprocess
 import sys
 import time
 import warnings
+from itertools import pairwise
 from typing import Any
 
-import lightning as L
+import lightning as L  # noqa: N812
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import lightning_dopt as dopt
 from recipes.llm.model import ByteGPT
@@ -43,8 +44,7 @@ class Timer(L.Callback):
 
     @property
     def steps(self) -> list[float]:
-        marks = [*self.marks, self.end]
-        return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+        return [b - a for a, b in pairwise([*self.marks, self.end])]
 
 
 def strategy(arm: str, sync_every: int) -> Any:
@@ -63,7 +63,7 @@ def run(arm: str, args: argparse.Namespace, world: int) -> tuple[float, int]:
     """Median (ddp-like arms) or mean (rounds) seconds per step, and bytes sent per step by this rank."""
     L.seed_everything(0)
     model = ByteGPT(n_layer=args.layers, n_head=4, n_embd=args.width, context=args.context)
-    data = TensorDataset(torch.randint(0, 256, (args.batch * (args.steps + 2) * world, args.context + 1)))
+    data: Any = torch.randint(0, 256, (args.batch * (args.steps + 2) * world, args.context + 1), dtype=torch.uint8)
     timer = Timer()
     s = strategy(arm, args.sync_every)
     trainer = L.Trainer(

@@ -350,6 +350,11 @@ class Engine:
         waiting = any(lane.due(step) for r in self.runners for lane in r.lanes)
         return waiting or any(r.sync.when.due(step) for r in self.runners)
 
+    @property
+    def begun(self) -> bool:
+        """Whether the coming step's :meth:`before_step` has run, or no sync needs it."""
+        return self._begun or all(getattr(r.sync.apply, "order", "atc") == "atc" for r in self.runners)
+
     def before_step(self) -> Talk[None]:
         """Before the forward pass of an optimizer step (its first micro-batch): syncs of order ``cta`` and ``awc``."""
         if self._begun:
@@ -379,7 +384,7 @@ class Engine:
                 return
             self._scale(names, 1.0 / scale)
         for correction in self.corrections:
-            correction.on_gradient()
+            correction.on_gradient(names)
         for gradient in self.gradients[group]:
             yield from gradient.run()
         if scale is not None:
@@ -468,8 +473,8 @@ class Engine:
         """The mean replica and how far the replicas are from it.
 
         Returns ``(distance, means)``: ``distance`` is ``sqrt(mean_i ||x_i - mean||^2)`` over all parameters, ``means`` the
-        mean of each lane of :attr:`flat`, then of the buffers' message. Costs two all-reduces of the model (counted as
-        overhead).
+        mean of each lane of :attr:`flat`, then of the buffers' message. Costs one all-reduce of the model and one of a
+        number (counted as overhead).
         """
         means = []
         lanes = self.flat.lanes

@@ -144,11 +144,7 @@ class ProcessGroupWorld(World):
             out.copy_(payload.unsqueeze(0))
         seconds = self.clock.link.all_gather(payload.nbytes, self.size) if self.clock is not None else 0.0
         return self._start(
-            lambda: (
-                [_all_gather(out.view(-1), payload, group=self.group, async_op=True)]
-                if self.size > 1
-                else []
-            ),
+            lambda: [_all_gather(out.view(-1), payload, group=self.group, async_op=True)] if self.size > 1 else [],
             lambda: out,
             label,
             "some rank",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -35,8 +35,8 @@ class BoundCorrection:
     def prepare(self, slot: str, lanes: list[Lane]) -> None:
         """Once, before training: the lanes of a sync it wants to see."""
 
-    def on_gradient(self) -> None:
-        """After backward and before any gradient is sent: change ``p.grad`` in place."""
+    def on_gradient(self, names: Collection[str]) -> None:
+        """After backward and before any gradient is sent: change ``p.grad`` in place, of these parameters only."""
 
     def publish(self, slot: str, lane: Lane, message: Tensor) -> None:
         """Before ``message`` (a private copy with the lane's layout) is sent: change it in place."""

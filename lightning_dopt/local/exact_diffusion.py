@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,9 +63,11 @@ class _BoundExactDiffusion(BoundCorrection):
         self.kappa, self.lanes, self.parameters, self.lr = kappa, lanes, parameters, lr
         self.h = [torch.zeros(lane.numel, dtype=lane.message_dtype, device=lane.live.device) for lane in lanes]
 
-    def on_gradient(self) -> None:
+    def on_gradient(self, names: Collection[str]) -> None:
         for lane, h in zip(self.lanes, self.h, strict=True):
             for field, part in zip(lane.fields, lane.views(h), strict=True):
+                if field.name not in names:
+                    continue
                 p = self.parameters[field.name]
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)

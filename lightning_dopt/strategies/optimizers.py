@@ -56,7 +56,7 @@ class OptimizerIndex:
                     "replaced after it was made; make the optimizer in configure_optimizers"
                 )
             rank_zero_warn(
-                f"{type(optimizer).__name__} held {len(stale)} parameters of layers that have been replaced since; it now steps all "
+                f"{type(optimizer).__name__} held {len(stale)} parameters of layers that have been replaced; it now steps all "
                 f"{len(self.trainable)} trainable parameters of the module"
             )
             optimizer.param_groups[0]["params"] = list(self.trainable.values())

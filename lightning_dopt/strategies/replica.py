@@ -244,7 +244,8 @@ class ReplicaStrategy(DDPStrategy):
         """One optimizer step: gradient syncs at the end of the closure, the tick after the update."""
         engine, index = self.engine, self._index.position(_private.unwrap_optimizer(optimizer))
         assert engine is not None
-        if index == self.clock_index and not engine.begun:
+        assert self.lightning_module is not None
+        if index == self.clock_index and not self.lightning_module.automatic_optimization and not engine.begun:
             raise ValueError(
                 "Blocking(order='cta' or 'awc'): needs one step of the clock optimizer per training_step; use order='atc'"
             )
@@ -286,7 +287,7 @@ class ReplicaStrategy(DDPStrategy):
         if self._distance is not None:
             shown["consensus/distance"] = self._distance
         quiet: dict[str, float] = {}
-        if engine.step % max(1, module.trainer.log_every_n_steps) == 0:
+        if engine.step % max(1, getattr(module.trainer, "log_every_n_steps", 1)) == 0:
             quiet = {"comm/bytes_per_step": ledger.bytes / engine.step, "comm/overhead_bytes": ledger.overhead}
             quiet |= {f"comm/bytes/{label}": entry.bytes for label, entry in ledger.entries.items() if entry.bytes}
         if world.clock is not None:

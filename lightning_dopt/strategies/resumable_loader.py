@@ -24,9 +24,8 @@ class SeededLoader:
     The batches of a pass, random or not, hence depend on ``start()`` and on nothing the model draws meanwhile.
 
     A second pass within one epoch goes on with the stream if the pass before it came to its end (a short loader that
-    is cycled beside a longer one) and is the same pass again if not. The wrapped loader's iterator is created when the first
-    batch is asked for: by then Lightning has told the sampler the epoch, which with worker processes it otherwise has
-    not when training is resumed.
+    is cycled beside a longer one) and is the same pass again if not. The wrapped loader is asked for its iterator when
+    the first batch is wanted, not before: hooks that run in between draw what they draw.
 
     All other attributes, reading and writing, and ``isinstance`` are those of the wrapped loader.
 
@@ -55,9 +54,11 @@ class SeededLoader:
         epoch, state = self._start(self)
         cycle = self._ended and epoch == self._epoch
         self._epoch, self._ended = epoch, False
+        batches: Iterator[Any]
         if cycle:
             with self._stream.active():
-                return iter(self._loader)
+                batches = iter(self._loader)
+            return batches
         source = torch.Generator()
         source.set_state(state)
         self._stream.seed(draw(source))
@@ -101,7 +102,7 @@ class SeededLoader:
         else:
             setattr(self._loader, name, value)  # Lightning sets worker_init_fn on what it is given
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:  # type: ignore[override]
         return type(self._loader)
 
@@ -110,11 +111,11 @@ class ResumableLoader(SeededLoader):
     """A `SeededLoader` for training that keeps the generators the user gave to the loader or its samplers.
 
     A ``torch.Generator`` passed as ``DataLoader(generator=...)`` or to a sampler is state of its own: it goes on from
-    epoch to epoch. `state_dict` holds it as it was when the epoch began and as it is, `load_state_dict` puts one of the two back.
-    The position within the epoch is not the loader's to keep, as Lightning fetches ahead and combines
-    loaders: see `lightning_dopt.strategies.resume.ExactResume`, which repeats the fetches of the trainer.
+    epoch to epoch. `state_dict` holds it as it was when the epoch began and as it is; `load_state_dict` puts one of the
+    two back. The position within the epoch is not the loader's to keep, as Lightning fetches ahead and combines
+    loaders: see `lightning_dopt.strategies.resume.ExactResume`, which repeats the trainer's fetches.
 
-    The pair of methods makes Lightning take the loader for one that can be resumed within an epoch.
+    By the two methods Lightning recognizes a loader that can be resumed within an epoch.
     """
 
     __slots__ = ("_at_epoch_start",)
@@ -133,7 +134,7 @@ class ResumableLoader(SeededLoader):
         return {"at_epoch_start": self._at_epoch_start, "now": self._generator_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any], repeat_epoch: bool = False) -> None:
-        """Put the user's generators back, to what they were when saved or, on ``repeat_epoch``, when the epoch began."""
+        """Put the user's generators back to what they were when saved or, on ``repeat_epoch``, when the epoch began."""
         saved = state_dict["at_epoch_start" if repeat_epoch else "now"]
         for generator, state in zip(_generators(self._loader), saved, strict=False):
             generator.set_state(state.cpu())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_dopt.strategies.resumable_loader import (
     LoaderPass,
@@ -20,74 +21,82 @@ from lightning_dopt.strategies.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.loops.fit_loop import _FitLoop
     from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 
 class ExactResume:
     """What a strategy adds to its checkpoints so that a resumed run equals the uninterrupted one bit for bit.
 
-    The state holds the global random generators, the generators the epoch's loading started from, the number of
-    batches trained on in the epoch, and, within a window of accumulated gradients, those gradients. On resume the
-    fetches of the epoch are repeated and dropped, so resuming takes as long as loading them did. A loader with a
-    ``state_dict`` of its own is left to it.
+    The state holds the global random generators, the generators the loading of the epoch started from, the number of
+    batches the epoch's training has used, and, within a window of accumulated gradients, those gradients. On resume
+    the fetches of the epoch are repeated and dropped, which takes as long as loading them took. A loader that has a
+    ``state_dict`` of its own (torchdata's ``StatefulDataLoader``) is left to it.
 
-    Validation within ``fit`` leaves the random generators as it found them: a checkpoint of ``on_train_batch_end``
-    precedes a validation due after the same batch, which Lightning does not make up for on resume.
+    Validation within ``fit`` leaves the random generators as it found them. It has to: a checkpoint written in
+    ``on_train_batch_end`` precedes the validation due after that batch, and Lightning does not make up for it.
 
-    Not covered: random generators hidden in data sets, samplers or modules; draws by hooks that run between the save
-    and the next batch; a data set that draws on an accelerator; the order in which ``in_order=False`` workers finish.
+    A checkpoint of the last batch or of the end of an epoch resumes with the start of the next epoch; one of an epoch
+    that ``max_steps`` or an early stop cut short, with the rest of that epoch.
 
-    A strategy calls, each at the end of its own method of the name::
+    Not covered: generators kept inside data sets, samplers or modules; numbers drawn by hooks between the save and the
+    next batch; data sets that draw on an accelerator; a batch interrupted by an exception, which is repeated with other
+    numbers; schedulers that follow a metric across the end of an epoch, as Lightning does not save the metric.
 
-        process_dataloader(loader)  -> return wrap(loader, trainer)
-        save_checkpoint             -> checkpoint[key] = save_state(trainer), and normalize(checkpoint)
-        load_checkpoint             -> load_state(checkpoint.pop(key))
-        on_train_start, on_train_end, on_validation_start, on_validation_end, teardown
+    A strategy calls the methods from its own of the same name, `wrap` from ``process_dataloader``, `save_state` from
+    ``save_checkpoint`` and `load_state` from ``load_checkpoint``.
     """
 
     def __init__(self) -> None:
+        self._trainer: Trainer | None = None
         self._epoch: int | None = None
         self._starts: dict[int, torch.Tensor] = {}
         self._pending: dict[str, Any] | None = None
         self._held: dict[str, Any] | None = None
         self._final: dict[str, Any] | None = None
-        self._trainer: Trainer | None = None
 
     def wrap(self, loader: object, trainer: Trainer) -> object:
-        """The loader to train or validate with in place of ``loader``; ``loader`` itself outside of ``fit``."""
-        if trainer.state.fn != "fit" or is_stateful(loader):
+        """The loader to use in place of ``loader``: in ``fit``, and if it is not stateful, one that can be repeated."""
+        if trainer.state.fn != TrainerFn.FITTING or is_stateful(loader):
             return loader
         self._trainer = trainer
-        if trainer.training:
-            self._final = None
-        return ResumableLoader(loader, self._start) if trainer.training else SeededLoader(loader, _unnoticed)
+        if not trainer.training:
+            return SeededLoader(loader, _unnoticed)
+        self._final = None
+        return ResumableLoader(loader, self._start)
 
     def save_state(self, trainer: Trainer) -> dict[str, Any]:
-        """The state as of now, or of the end of training if that is over: plain data for ``weights_only=True``."""
+        """The state as of now, after ``fit`` as of its end.
+
+        Returns:
+            Tensors, numbers, lists and dictionaries only, as ``torch.load(weights_only=True)`` requires. About 20 kB,
+            plus the gradients if a window of accumulation is open (with manual optimization: if there are any).
+        """
         if self._final is not None:
             return self._final
         return {
             "rng": self._held if self._held is not None else rng_state(),
             "epoch": self._epoch,
             "starts": dict(self._starts),
-            "batches": _consumed(trainer),
+            "batches": _used(trainer),
             "ended": _ended(trainer),
             "loaders": [loader.state_dict() for loader in _stateful(trainer)],
             "gradients": _open_gradients(trainer),
         }
 
     def load_state(self, state: dict[str, Any], checkpoint: dict[str, Any]) -> None:
-        """Take what `save_state` returned, to be restored in `on_train_start`, and set right ``checkpoint["loops"]``.
+        """Take what `save_state` returned, for `on_train_start`, and set right the counters in ``checkpoint["loops"]``.
 
-        Lightning counts an epoch as done that ``max_steps`` or an early stop cut short; it is made to go on with it.
-        A batch that an exception interrupted is made to be repeated from its start.
+        To be called before Lightning restores ``checkpoint``, which is the one ``state`` was saved with.
         """
-        self._pending = state
+        self._pending, self._final = state, None
         _settle_counters(checkpoint["loops"]["fit_loop"], state)
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Restore what `load_state` was given. The last thing before the first batch."""
+        """Restore what `load_state` was given.
+
+        Raises:
+            RuntimeError: if the training data is not that of the checkpoint: other loaders, or fewer batches.
+        """
         self._final = None
         state, self._pending = self._pending, None
         if state is None:
@@ -100,12 +109,12 @@ class ExactResume:
             parameters[name].grad = gradient.to(parameters[name].device)
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Remember the state for checkpoints saved after ``fit``, when the loaders are gone."""
+        """Keep the state for checkpoints saved after ``fit``, when the loaders are gone."""
         self._final = self.save_state(trainer)
 
     def on_validation_start(self, trainer: Trainer) -> None:
-        """Hold the random generators; within ``fit`` only."""
-        if trainer.state.fn == "fit":
+        """Hold the random generators, within ``fit``."""
+        if trainer.state.fn == TrainerFn.FITTING:
             self._held = rng_state()
 
     def on_validation_end(self) -> None:
@@ -115,37 +124,41 @@ class ExactResume:
             self._held = None
 
     def teardown(self) -> None:
-        """Forget an unfinished validation and the trainer."""
-        self._held = self._trainer = None
+        """Forget the trainer and a validation that did not end."""
+        self._trainer = self._held = None
 
     def _start(self, loader: SeededLoader) -> Start:
         assert self._trainer is not None
-        loop = self._trainer.fit_loop
+        loop: Any = self._trainer.fit_loop
         assert loop._combined_loader is not None
         places = [i for i, other in enumerate(loop._combined_loader.flattened) if other is loader]
         if not places:
-            return _unnoticed(loader)  # Lightning also sets up validation while in the stage of training
+            return _unnoticed(loader)  # Lightning may set up validation while its stage still is training
         place, epoch = places[0], loop.epoch_progress.current.processed
         if epoch != self._epoch:
             self._epoch, self._starts = epoch, {}
         if place not in self._starts:
             self._starts[place] = torch.get_rng_state()
-            draw()  # one draw per epoch and loader, as DataLoader does
-        _set_sampler_epoch(loader, epoch)  # when resuming Lightning does so only after the loaders are iterated
+            draw()  # one number per loader and epoch, as an ordinary DataLoader takes
+        _set_sampler_epoch(loader, epoch)  # on resume Lightning does so only after the first fetch
         return epoch, self._starts[place]
 
     def _restore_loading(self, trainer: Trainer, state: dict[str, Any]) -> None:
-        fetcher, combined = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
-        assert fetcher is not None
-        assert combined is not None
-        same_epoch = state["epoch"] == trainer.fit_loop.epoch_progress.current.processed
+        loop: Any = trainer.fit_loop
+        fetcher, combined = loop._data_fetcher, loop._combined_loader
+        same_epoch = state["epoch"] == loop.epoch_progress.current.processed
         again = same_epoch and not state["ended"]
         self._epoch, self._starts = (state["epoch"], dict(state["starts"])) if same_epoch else (None, {})
-        for loader, saved in zip(_stateful(trainer), state["loaders"], strict=True):
+        loaders = _stateful(trainer)
+        if len(loaders) != len(state["loaders"]):
+            raise RuntimeError(
+                f"There are {len(loaders)} training loaders, the checkpoint has {len(state['loaders'])}."
+            )
+        for loader, saved in zip(loaders, state["loaders"], strict=True):
             if type(loader) is ResumableLoader:
                 loader.restart()
                 loader.load_state_dict(saved, again)
-            elif again:
+            elif again:  # Lightning misses this if configure_optimizers asked for the number of batches
                 loader.load_state_dict(saved)
         iter(combined)
         if again:
@@ -160,32 +173,39 @@ def _repeat(combined: CombinedLoader, batches: int) -> None:
     assert mode is not None
     passes = list(mode.iterators)
     mode.iterators = [one if isinstance(one, LoaderPass) else repeat(None) for one in passes]
-    for _ in range(batches):
-        next(mode)
-    mode.iterators = [new if isinstance(new, LoaderPass) else old for new, old in zip(mode.iterators, passes, strict=True)]
+    for done in range(batches):
+        try:
+            next(mode)
+        except StopIteration:
+            raise RuntimeError(
+                f"the training data ended after {done} batches of the epoch, but the checkpoint was saved after {batches}:"
+                " resume with the same data, batch size and number of processes"
+            ) from None
+    mode.iterators = [
+        new if isinstance(new, LoaderPass) else old for new, old in zip(mode.iterators, passes, strict=True)
+    ]
 
 
-def _consumed(trainer: Trainer) -> int:
-    """How many of the epoch's combined batches the model has been trained on: fetched, not ahead, not in work."""
+def _used(trainer: Trainer) -> int:
+    """The epoch's combined batches that training has finished with: those fetched, less any ahead or in work."""
     loop = trainer.fit_loop
     if loop._combined_loader is None or loop._combined_loader._iterator is None:
         return 0
-    fetched = loop._combined_loader._iterator._idx
     ahead = len(getattr(loop._data_fetcher, "batches", ()))
-    return fetched - ahead - _in_work(trainer)
-
-
-def _ended(trainer: Trainer) -> bool:
-    """Whether every batch of the epoch, or all the model wants of it, has been trained on."""
-    fetcher, progress = trainer.fit_loop._data_fetcher, trainer.fit_loop.epoch_loop.batch_progress
-    return ((fetcher is not None and fetcher.done) or progress.is_last_batch) and not _in_work(trainer)
+    return loop._combined_loader._iterator._idx - ahead - _in_work(trainer)
 
 
 def _in_work(trainer: Trainer) -> int:
     if not hasattr(trainer.fit_loop._data_fetcher, "batches"):
-        return 0  # training_step(dataloader_iter) fetches itself: Lightning begins a last batch that does not exist
-    progress = trainer.fit_loop.epoch_loop.batch_progress.current
-    return progress.ready - progress.processed
+        return 0  # training_step(dataloader_iter) fetches itself: Lightning begins a batch before there is one
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(progress.ready - progress.processed)
+
+
+def _ended(trainer: Trainer) -> bool:
+    """Whether training has finished with all batches of the epoch, or all it wants."""
+    fetcher, progress = trainer.fit_loop._data_fetcher, trainer.fit_loop.epoch_loop.batch_progress
+    return ((fetcher is not None and fetcher.done) or progress.is_last_batch) and not _in_work(trainer)
 
 
 def _stateful(trainer: Trainer) -> list[Any]:
@@ -196,7 +216,7 @@ def _stateful(trainer: Trainer) -> list[Any]:
 def _open_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Gradients the next batch adds to; with manual optimization all there are, as only the user knows."""
     module = trainer.lightning_module
-    if module is None or (module.automatic_optimization and not trainer.fit_loop.epoch_loop._should_accumulate()):
+    if module.automatic_optimization and not trainer.fit_loop.epoch_loop._should_accumulate():
         return {}
     return {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
 
@@ -206,42 +226,43 @@ def _unnoticed(loader: SeededLoader) -> Start:
 
 
 def _settle_counters(loops: dict[str, Any], state: dict[str, Any]) -> None:
+    """Count a batch in work as not begun, and an epoch that was cut short as not finished."""
     batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
     if batches["current"]["processed"] < batches["current"]["ready"]:
         for counts in (batches["current"], batches["total"]):
             counts["ready"] = counts["started"] = counts["processed"] = counts["completed"]
     if state["epoch"] is not None and not state["ended"] and epochs["current"]["processed"] > state["epoch"]:
         for counts in (epochs["current"], epochs["total"]):
-            counts["processed"] -= 1
-            counts["completed"] = counts["processed"]
+            counts["processed"] = counts["completed"] = state["epoch"]
 
 
 def _settle_loops(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Make the loops go on where the checkpoint was taken, where Lightning's own bookkeeping does not."""
-    loop, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop.batch_progress
-    staged = hasattr(loop, "_restart_stage")  # without (before 2.5) a finished batch or epoch is partly done again
-    if state["ended"] and (loop.epoch_progress.current.processed > state["epoch"] or not staged):
-        _settle_at_epoch_start(loop, state["epoch"] + 1)
+    """Make the loops go on where the checkpoint was taken, in the cases where Lightning's own bookkeeping does not."""
+    loop: Any = trainer.fit_loop
+    batches = loop.epoch_loop.batch_progress
+    staged = hasattr(loop, "_restart_stage")  # before 2.5 Lightning does part of a finished batch or epoch again
+    if state["ended"] and (not staged or loop.epoch_progress.current.processed > state["epoch"]):
+        _settle_before_epoch(loop, state["epoch"] + 1)
     elif not staged:
-        loop._restarting = False  # it would step the schedulers of the epoch twice
+        loop._restarting = False  # or it steps the schedulers of the epoch twice
         loop.epoch_progress.total.reset_on_restart()
         for counts in (batches.current, batches.total):
             counts.completed = counts.processed
 
 
-def _settle_at_epoch_start(loop: _FitLoop, epoch: int) -> None:
-    """Between two epochs: nothing to restart, ``epoch`` (counted from 0) comes next.
+def _settle_before_epoch(loop: Any, epoch: int) -> None:
+    """Between two epochs, with nothing to be restarted; ``epoch``, counted from 0, comes next.
 
     With ``max_steps`` Lightning would take the finished epoch for an unfinished one, and after a checkpoint of its last
-    ``on_train_batch_end`` it would count one epoch less as begun than as finished.
+    ``on_train_batch_end`` would count one epoch less as begun than as finished, which confuses the next resume.
     """
-    progress, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
     loop._restarting = loop.epoch_loop.restarting = False
     if hasattr(loop, "reset_restart_stage"):
         loop.reset_restart_stage()
         loop.epoch_loop.reset_restart_stage()
-    for epochs in (progress.current, progress.total):
-        epochs.ready = epochs.started = epochs.completed = epochs.processed = epoch
+    for epochs in (loop.epoch_progress.current, loop.epoch_progress.total):
+        epochs.ready = epochs.started = epochs.processed = epochs.completed = epoch
+    batches = loop.epoch_loop.batch_progress
     if batches.total.completed < batches.total.processed:
         batches.total.completed = batches.total.processed
         loop.epoch_loop._batches_that_stepped += 1

@@ -35,7 +35,7 @@ def rng_state() -> dict[str, Any]:
             "has_gauss": int(legacy["has_gauss"]),
             "gauss": float(legacy["gauss"]),
         }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
@@ -63,10 +63,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
 class RandomStream:
     """Random numbers of its own for a piece of code that draws from the global generators of the CPU.
 
-    Inside ``with stream.active():`` Python's ``random``, NumPy (if imported) and torch on CPU give the stream's numbers;
-    outside they continue as if the block had drawn nothing. The stream goes on where its last block ended. Entering and
-    leaving costs about 0.03 ms, 0.15 ms with NumPy. Generators of accelerators are left alone, as reading them would
-    wait for the device.
+    Inside ``with stream.active():`` Python's ``random``, NumPy (if imported) and torch on CPU give the stream's
+    numbers; outside they continue as if the block had drawn nothing. The stream goes on where its last block ended.
+    Entering and leaving costs about 0.03 ms, 0.15 ms with NumPy. Generators of accelerators are left alone.
     """
 
     def __init__(self) -> None:
