@@ -202,11 +202,10 @@ def _check_gradients(sync: Sync) -> None:
 
 def _check_apply(sync: Sync) -> None:
     delay = sync.apply.delay
-    if isinstance(sync.apply, Delay):
-        if not isinstance(sync.when, Every) or delay >= sync.when.n:
-            raise ValueError(
-                f"Sync(when={sync.when!r}, apply={sync.apply!r}): the delay must be shorter than the period of an Every"
-            )
+    if isinstance(sync.apply, Delay) and (not isinstance(sync.when, Every) or delay >= sync.when.n):
+        raise ValueError(
+            f"Sync(when={sync.when!r}, apply={sync.apply!r}): the delay must be shorter than the period of an Every"
+        )
     if isinstance(sync.apply, OneRound) and sync.signal != "delta":
         raise ValueError(f"Sync(signal='value', apply={sync.apply!r}): OneRound corrects deltas, use signal='delta'")
     if sync.when.at_end and sync.apply != Blocking():

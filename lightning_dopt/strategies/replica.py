@@ -409,7 +409,7 @@ class ReplicaStrategy(DDPStrategy):
         if self.is_global_zero and replica_files.KEY in checkpoint and not self._interrupted:
             replica_files.prune(filepath, keep=checkpoint[replica_files.KEY]["replicas"])
 
-    def load_checkpoint(self, checkpoint_path: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """This replica's own checkpoint when training is resumed; the consensus model otherwise.
 
         Raises:

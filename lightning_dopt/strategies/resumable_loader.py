@@ -102,8 +102,8 @@ class SeededLoader:
         else:
             setattr(self._loader, name, value)  # Lightning sets worker_init_fn on what it is given
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self._loader)
 
 
