@@ -110,6 +110,22 @@ def test_shared_estimates_are_the_mean_of_the_own_ones(codec: Compressor) -> Non
         assert torch.equal(sim.replicas[2]["x"].grad.reshape(-1), states[0]["mean"])  # type: ignore[union-attr]
 
 
+def test_ranks_round_independently_and_choose_entries_together() -> None:
+    """Equal signals: errors of stochastic rounding differ, so that they average out; random entries must be the same."""
+
+    def residuals(codec: Compressor) -> list[Tensor]:
+        problem = Matrices(2)
+        problem.A[1], problem.c[1] = problem.A[0], problem.c[0]
+        sim, _, _ = problem.run(ErrorFeedback(codec), 1)
+        return [e.gradients[0][0].runner.lanes[0].channel.memory_state["residual"] for e in sim.engines]
+
+    a, b = residuals(Int8(stochastic=True))
+    assert 0 < (a - b).abs().max() < 0.1
+    a, b = residuals(RandK(0.3))
+    assert torch.equal(a, b)
+    assert int((a == 0).sum()) == 9
+
+
 def test_decay_forgets_the_residual() -> None:
     codec = ErrorFeedback(TopK(0.1), decay=0.5)
     sim, raw, applied = Matrices(4).run(codec, 30)

@@ -480,6 +480,15 @@ def test_a_link_takes_the_time_it_should() -> None:
     assert stall(Plan([Sync(when=AtEnd(), peers=Complete())])) == 0.0
 
 
+def test_messages_of_one_step_queue_on_the_link() -> None:
+    """192 + 44 weights: after the second send the link is busy for as long as both take."""
+    parts = [Sync(when=Every(4), what=Parameters(match), apply=Delay(3)) for match in ("body.*w*", "[!b]*")]
+    clock = mosaic_simulation(Plan(parts), 4, link=Link(mbit=1.0, ms=2.0)).run(4).worlds[2].clock
+    assert clock is not None
+    assert clock.now == pytest.approx(0.04)
+    assert clock.free == pytest.approx(0.04 + 6 * (0.002 + 192e-6 * 8) + 6 * (0.002 + 28e-6 * 8))
+
+
 # ---------------------------------------------------------------------- the mean replica
 
 
