@@ -178,7 +178,7 @@ def _repeat(combined: CombinedLoader, batches: int) -> None:
             next(mode)
         except StopIteration:
             raise RuntimeError(
-                f"the training data ended after {done} batches of the epoch, but the checkpoint was saved after {batches}:"
+                f"the training data ended after {done} batches, but the checkpoint was saved after {batches} of its epoch:"
                 " resume with the same data, batch size and number of processes"
             ) from None
     mode.iterators = [
@@ -215,9 +215,12 @@ def _stateful(trainer: Trainer) -> list[Any]:
 
 def _open_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Gradients the next batch adds to; with manual optimization all there are, as only the user knows."""
-    module = trainer.lightning_module
-    if module.automatic_optimization and not trainer.fit_loop.epoch_loop._should_accumulate():
+    module, loop = trainer.lightning_module, trainer.fit_loop
+    if module.automatic_optimization and not loop.epoch_loop._should_accumulate():
         return {}
+    by_hand, fetcher = not module.automatic_optimization, loop._data_fetcher
+    if by_hand and trainer.training and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher):
+        return {}  # Lightning clears them for the validation that follows, which a resumed run does without
     return {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
 
 
