@@ -435,6 +435,10 @@ def test_a_gradient_that_one_rank_lacks_counts_as_zero_and_one_that_all_lack_sta
     for r in replicas:
         assert torch.equal(r["x"].grad, torch.full((4,), 1.5))  # type: ignore[arg-type]
         assert r["y"].grad is None
+    replicas[0]["x"].grad, replicas[1]["x"].grad = None, torch.full((4,), 8.0)  # what was there before is gone
+    with torch.no_grad():
+        lockstep([e.on_gradients() for e in made])
+    assert [float(r["x"].grad[0]) for r in replicas] == [4.0, 4.0]  # type: ignore[index]
 
 
 def test_gradient_groups_are_sent_when_their_optimizer_steps() -> None:
