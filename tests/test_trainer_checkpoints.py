@@ -46,7 +46,7 @@ def test_main_file_is_the_mean_of_the_replicas_and_loads_everywhere(tmp_path: Pa
 
     def job(rank: int) -> dict[str, Any]:
         saver = ModelCheckpoint(tmp_path / "a", "{step}", every_n_train_steps=2, save_top_k=-1)
-        keeper = ModelCheckpoint(tmp_path / "best", "best", monitor="val_loss")
+        keeper = ModelCheckpoint(tmp_path / "best", "best", monitor="val_loss", save_on_train_epoch_end=False)
         fitter = trainer(ReplicaStrategy(plan=PLAN), max_epochs=1, callbacks=[saver, keeper])
         fitter.fit(Regressor(optimizer=adam), regression(), regression(8, seed=5))
         logged = float(fitter.callback_metrics["val_loss"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from trainer_tools import Regressor, Trace, adam, flat, on_ranks, regression, trainer
@@ -14,6 +15,7 @@ from trainer_tools import Regressor, Trace, adam, flat, on_ranks, regression, tr
 from lightning_dopt import (
     Bernoulli,
     Delay,
+    Difference,
     ErrorFeedback,
     Every,
     Int8,
@@ -23,6 +25,7 @@ from lightning_dopt import (
     OneRound,
     Parameters,
     Plan,
+    RandK,
     ReplicaStrategy,
     Ring,
     Sync,
@@ -55,6 +58,7 @@ PLANS = {
     "choco": plans.gossip(Ring(), codec=TopK(0.3)),
     "topk_ef": plans.compressed_ddp(TopK(0.1)),
     "powersgd": plans.compressed_ddp(LowRank(2)),
+    "randk": plans.compressed_ddp(RandK(0.2)),
     "lowrank_delta": Plan([Sync(when=Every(3), signal="delta", codec=ErrorFeedback(LowRank(1)))]),
     "delay_value": Plan([Sync(when=Every(3), apply=Delay(2))]),
     "delay_delta_int8": delta(Delay(2), codec=Int8()),
@@ -76,11 +80,11 @@ def make(plan: Plan, callbacks: list[Any], **options: Any) -> tuple[Any, Any]:
     return trainer(ReplicaStrategy(plan=plan), callbacks=callbacks, **options), module
 
 
-def run(plan: Plan, path: Any = None, folder: Any = None, **options: Any) -> tuple[Trace, Tensor, Any]:
+def run(plan: Plan, path: Any = None, folder: Any = None, more: Any = (), **options: Any) -> tuple[Trace, Tensor, Any]:
     """One fit; returns the trace, the weights at the end and the trainer."""
     torch.manual_seed(3)
     trace = Trace()
-    callbacks: list[Any] = [trace]
+    callbacks: list[Any] = [trace, *more]
     if folder is not None:
         callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1))
     fitter, module = make(plan, callbacks, **options)
@@ -120,3 +124,52 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     assert a.shape == (STEPS, 4 * 8 + 8 + 8 + 8 + 8 + 1 + 16)
     ddp = plan.syncs and plan.syncs[0].what.slot == "gradients" and not plan.corrections
     assert torch.equal(a[:, :65], b[:, :65]) == bool(ddp)  # the replicas were different unless gradients are shared
+
+
+INSIDE = ("diloco_int8", "delay_value", "delay_delta_int8", "one_round_own", "choco", "lowrank_delta", "tracking")
+
+
+@pytest.mark.parametrize("name", [*INSIDE, "delay_mixed"])
+def test_saving_during_validation_changes_nothing(name: str, tmp_path: Path) -> None:
+    """With the mean model swapped in and messages on their way (Lightning then runs in inference mode)."""
+    mixed = Plan([Sync(when=Every(3), peers=Lazy(OnePeerExponential()), codec=Difference(TopK(0.3)), apply=Delay(2))])
+    plan = PLANS.get(name, mixed)
+
+    def job(rank: int) -> None:
+        full, end, _ = run(plan)
+        saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=False)
+        often, again, _ = run(plan, val_check_interval=1, more=[saver])
+        same_from(full, often, 0)
+        assert torch.equal(end, again)
+        rest, again, _ = run(plan, tmp_path / "step=4.ckpt")
+        same_from(full, rest, 4)
+        assert torch.equal(end, again)
+
+    on_ranks(job)
+
+
+class SaveAt(Callback):
+    """Saves after one batch, whether the optimizer stepped or not."""
+
+    def __init__(self, path: Path, batch: int) -> None:
+        self.path, self.batch, self.seen = path, batch, 0
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+def test_resume_within_a_window_of_accumulation(tmp_path: Path) -> None:
+    """Messages of order awc have left by then, and gradients have been summed in part."""
+
+    def job(rank: int) -> None:
+        for order in ("cta", "awc"):
+            plan, path = plans.gossip(Lazy(OnePeerExponential()), order=order), tmp_path / f"{order}.ckpt"
+            options = {"accumulate_grad_batches": 2, "max_steps": 4}
+            full, end, _ = run(plan, more=[SaveAt(path, 3)], **options)
+            rest, again, _ = run(plan, path, **options)
+            assert {k for k, row in rest.rows.items() if torch.equal(row, full.rows[k])} == {2, 3, 4}
+            assert torch.equal(end, again)
+
+    on_ranks(job)

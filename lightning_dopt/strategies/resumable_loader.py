@@ -139,6 +139,11 @@ class ResumableLoader(SeededLoader):
         for generator, state in zip(_generators(self._loader), saved, strict=False):
             generator.set_state(state.cpu())
 
+    @staticmethod
+    def wrote(state: object) -> bool:
+        """Whether ``state`` came from `state_dict`."""
+        return isinstance(state, dict) and state.keys() == {"at_epoch_start", "now"}
+
     def _generator_states(self) -> list[torch.Tensor]:
         return [generator.get_state() for generator in _generators(self._loader)]
 

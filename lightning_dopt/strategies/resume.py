@@ -149,10 +149,10 @@ class ExactResume:
         same_epoch = state["epoch"] == loop.epoch_progress.current.processed
         again = same_epoch and not state["ended"]
         self._epoch, self._starts = (state["epoch"], dict(state["starts"])) if same_epoch else (None, {})
-        loaders = _stateful(trainer)
+        loaders = _stateful(trainer) if state["epoch"] is not None else []  # else saved before there were any (tuners)
         if len(loaders) != len(state["loaders"]):
             raise RuntimeError(
-                f"There are {len(loaders)} training loaders, the checkpoint has {len(state['loaders'])}."
+                f"{len(loaders)} training loaders can be resumed, but the checkpoint was saved with {len(state['loaders'])}"
             )
         for loader, saved in zip(loaders, state["loaders"], strict=True):
             if type(loader) is ResumableLoader:
@@ -165,6 +165,18 @@ class ExactResume:
             _repeat(combined, state["batches"])
         if getattr(fetcher, "batches", None):  # loaders of unknown length are fetched one batch ahead
             fetcher.batches = [next(combined)]
+
+
+def ordinary(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """``checkpoint`` without the states of `ResumableLoader`, for trainers that have the loaders inside it only.
+
+    Lightning refuses a checkpoint with the states of more loaders than there are loaders with a state.
+    """
+    fit = checkpoint["loops"]["fit_loop"]
+    states = [s for s in fit["state_dict"].get("combined_loader", ()) if not ResumableLoader.wrote(s)]
+    kept = {name: value for name, value in fit["state_dict"].items() if name != "combined_loader"}
+    kept |= {"combined_loader": states} if states else {}
+    return {**checkpoint, "loops": {**checkpoint["loops"], "fit_loop": {**fit, "state_dict": kept}}}
 
 
 def _repeat(combined: CombinedLoader, batches: int) -> None:
