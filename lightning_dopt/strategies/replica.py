@@ -26,7 +26,7 @@ from lightning_dopt.comm.process_group import no_answer
 from lightning_dopt.engine import Engine
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.strategies import _private, optimizers, replica_files
-from lightning_dopt.strategies.resume import ExactResume
+from lightning_dopt.strategies.resume import ExactResume, ordinary
 from lightning_dopt.strategies.stop_signal import StopSignal
 from lightning_dopt.strategies.watch import Watch
 from lightning_dopt.strategies.weights import WeightSwap
@@ -404,6 +404,7 @@ class ReplicaStrategy(DDPStrategy):
                 storage_options=storage_options,
             )
             self.barrier("replicas saved")
+            checkpoint = ordinary(checkpoint)
             checkpoint[replica_files.KEY] = replica_files.pointer(tag, self.world_size, repr(self.plan))
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.is_global_zero and replica_files.KEY in checkpoint and not self._interrupted:
