@@ -15,10 +15,11 @@ from lightning_dopt.apply import OneRound
 from lightning_dopt.comm.ledger import Ledger, all_gather_bytes, all_reduce_bytes
 from lightning_dopt.comm.link import Link, LinkClock
 from lightning_dopt.comm.world import Pending, Talk, World
-from lightning_dopt.engine import Engine, LaneRunner, SyncRunner
+from lightning_dopt.engine import Engine
 from lightning_dopt.exchange import Channel, Flight, message_bytes
 from lightning_dopt.local.base import BoundCorrection
 from lightning_dopt.plan import Plan, Sync
+from lightning_dopt.runners import LaneRunner, SyncRunner
 from lightning_dopt.slots import Lane
 from lightning_dopt.topology.base import Topology
 

@@ -18,9 +18,9 @@ from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.memory import EF21, Difference, Memory
 from lightning_dopt.local.base import Correction
-from lightning_dopt.outer import FromOptimizer, Nesterov, Outer
+from lightning_dopt.outer import SGD, FromOptimizer, Nesterov, Outer
 from lightning_dopt.schedules import Every, When
-from lightning_dopt.topology import Complete
+from lightning_dopt.topology import Complete, RandomPairs
 from lightning_dopt.topology.base import Topology
 from lightning_dopt.what import What, what_of
 
@@ -123,6 +123,8 @@ class Plan(Part):
             ValueError: it does not, in one line with the reason.
         """
         check_int("Plan.check", "n", n, 1)
+        for correction in self.corrections:
+            correction.check_size(self, n)
         mixes_parameters = any(s.what.slot == "parameters" for s in self.syncs)
         for sync in self.syncs:
             sync.peers.check(n)
@@ -137,6 +139,7 @@ class Plan(Part):
                     f"Sync(codec={sync.codec!r}, peers={sync.peers!r}): Difference keeps copies of fixed neighbours; use a "
                     "static topology or an exact codec"
                 )
+            _warn_of_momentum(sync, n)
             if sync.what.slot == "gradients" and not mean and not mixes_parameters:
                 raise ValueError(
                     f"Sync(what='gradients', peers={sync.peers!r}): replicas would drift apart; use peers=Complete() or add "
@@ -240,6 +243,20 @@ def _warn(sync: Sync, compressor: Compressor) -> None:
             f"Sync(outer={sync.outer!r}, apply={sync.apply!r}): unstable for directions that converge within a round "
             "(lr * share must stay below 0.56 at momentum 0.5 and 0.25 at 0.9); lower lr or use OneRound('own_share')",
             stacklevel=4,
+        )
+
+
+def _warn_of_momentum(sync: Sync, n: int) -> None:
+    """Outer momentum over random pairs: replicas stay together only below a bound (NoLoCo; zero gradients, N workers)."""
+    if not (isinstance(sync.peers, RandomPairs) and isinstance(sync.outer, SGD) and sync.outer.momentum and n > 2):
+        return
+    alpha, p = sync.outer.momentum, n / (2 * (n - 1))
+    bound = 2 * (1 - alpha**2) / (1 - alpha * (2 * p - 1))
+    if sync.outer.lr >= bound:
+        warnings.warn(
+            f"Sync(peers={sync.peers!r}, outer={sync.outer!r}): with {n} workers replicas run apart from lr {bound:.2f} on at "
+            f"momentum {alpha:g}; lower one of them, momentum 0.5 with lr 0.7 is NoLoCo's choice",
+            stacklevel=3,
         )
 
 

@@ -431,3 +431,24 @@ def test_seeds_of_syncs_differ() -> None:
     seeds = [Plan(seed=s).sync_seed(k) for s in (0, 1) for k in (0, 1, 2)]
     assert len(set(seeds)) == 6
     assert Plan(seed=1).sync_seed(2) == seeds[5]
+
+
+def test_corrections_refuse_topologies_that_bias_them() -> None:
+    """Exact diffusion needs symmetric weights, tracking a preserved mean; both say what to use instead."""
+    directed = plans.gossip(lightning_dopt.OnePeerExponential(), correction="exact_diffusion")
+    directed.check(2)  # two workers swap: symmetric
+    with pytest.raises(ValueError, match=r"^ExactDiffusion: needs symmetric mixing weights, .* use an undirected topology"):
+        directed.check(8)
+    pull = topology.FromMatrix([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.75, 0.0, 0.25]])
+    with pytest.raises(ValueError, match=r"^GradientTracking: .* use a doubly stochastic topology$"):
+        plans.gossip(pull, correction="gradient_tracking").check(3)
+    plans.gossip(correction="exact_diffusion").check(7)  # its default is a ring
+
+
+def test_outer_momentum_over_pairs_warns_beyond_the_bound() -> None:
+    """alpha = 0.9, lr = 0.7 diverges for 4 workers or more (NoLoCo's bound), 0.5 does not."""
+    with pytest.warns(UserWarning, match="replicas run apart from lr"):
+        plans.diloco(50, outer_momentum=0.9, topology=lightning_dopt.RandomPairs()).check(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plans.diloco(50, outer_momentum=0.5, topology=lightning_dopt.RandomPairs()).check(16)

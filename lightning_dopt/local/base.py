@@ -21,6 +21,9 @@ class Correction(Part, ABC):
     def check(self, plan: Plan) -> None:
         """Raise ``ValueError`` in one line if the plan's syncs do not suit the correction."""
 
+    def check_size(self, plan: Plan, n: int) -> None:
+        """Raise ``ValueError`` in one line if the plan's topologies do not suit the correction with ``n`` workers."""
+
     @abstractmethod
     def bind(self, lanes: list[Lane], parameters: Mapping[str, Tensor], lr: Callable[[str], float]) -> BoundCorrection:
         """Prepare for the parameters in ``lanes``; ``lr`` gives the current learning rate of a parameter by name."""

@@ -49,6 +49,15 @@ class ExactDiffusion(Correction):
         if syncs[0].apply.delay or getattr(syncs[0].apply, "order", "atc") != "atc":
             raise ValueError(f"ExactDiffusion: needs apply=Blocking(order='atc'), got {syncs[0].apply!r}")
 
+    def check_size(self, plan: Plan, n: int) -> None:
+        """See :meth:`Correction.check_size`."""
+        for sync in plan:
+            if sync.what.slot == "parameters" and not sync.when.at_end and not sync.peers.symmetric(n):
+                raise ValueError(
+                    f"ExactDiffusion: needs symmetric mixing weights, {sync.peers!r} with {n} workers has none; use an undirected "
+                    "topology such as Ring() or OnePeerHypercube(), or GradientTracking"
+                )
+
     def bind(self, lanes: list[Lane], parameters: Mapping[str, Tensor], lr: Callable[[str], float]) -> BoundCorrection:
         """See :meth:`Correction.bind`."""
         return _BoundExactDiffusion(self.kappa, lanes, parameters, lr)

@@ -41,6 +41,15 @@ class GradientTracking(Correction):
         if by_slot["gradients"][0].peers != by_slot["parameters"][0].peers:
             raise ValueError("GradientTracking: gradients and parameters need the same peers")
 
+    def check_size(self, plan: Plan, n: int) -> None:
+        """See :meth:`Correction.check_size`."""
+        for sync in plan:
+            if sync.what.slot == "gradients" and not sync.peers.doubly_stochastic(n):
+                raise ValueError(
+                    f"GradientTracking: {sync.peers!r} with {n} workers does not preserve the mean (columns of its matrix do not "
+                    "sum to one); use a doubly stochastic topology"
+                )
+
     def bind(self, lanes: list[Lane], parameters: Mapping[str, Tensor], lr: Callable[[str], float]) -> BoundCorrection:
         """See :meth:`Correction.bind`."""
         return _BoundTracking()

@@ -11,7 +11,7 @@ from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.memory import Difference
 from lightning_dopt.local import Correction, ExactDiffusion, GradientTracking
 from lightning_dopt.plan import Plan, Sync, is_exact
-from lightning_dopt.topology import Lazy, OnePeerExponential
+from lightning_dopt.topology import Lazy, OnePeerExponential, Ring
 from lightning_dopt.topology.base import Topology
 
 
@@ -25,7 +25,8 @@ def gossip(
 
     Args:
         topology: With whom; ``None`` means the one-peer exponential graph: one message per step whatever the number of
-            workers, and the exact mean after ``log2(n)`` steps when ``n`` is a power of two.
+            workers, and the exact mean after ``log2(n)`` steps when ``n`` is a power of two. Exact diffusion needs
+            symmetric weights: there ``None`` means the ring.
         codec: What is on the wire. A lossy compressor is wrapped in ``Difference(codec)`` (CHOCO-SGD), which needs a
             static topology and, for strong compression, a smaller ``gamma``: pass ``Difference(codec, gamma)`` yourself.
         correction: ``"exact_diffusion"`` or ``"gradient_tracking"`` remove the bias that heterogeneous data cause. Exact
@@ -40,7 +41,7 @@ def gossip(
     et al., "Decentralized Deep Learning with Arbitrary Communication Compression", arXiv 1907.09356.
     """
     check_choice("gossip", "correction", correction, ("none", "exact_diffusion", "gradient_tracking"))
-    peers = topology or OnePeerExponential()
+    peers = topology or (Ring() if correction == "exact_diffusion" else OnePeerExponential())
     wire = codec or Identity()
     if isinstance(wire, Compressor) and not is_exact(wire):
         wire = Difference(wire)

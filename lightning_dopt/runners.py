@@ -1,0 +1,212 @@
+"""A sync at work: its lanes, their anchors, outer optimizers, memories and messages in flight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dopt.apply import Blocking, OneRound
+from lightning_dopt.comm.world import Talk
+from lightning_dopt.compress import Identity
+from lightning_dopt.exchange import Channel, Flight
+from lightning_dopt.local.base import BoundCorrection
+from lightning_dopt.plan import Sync
+from lightning_dopt.slots import FlatGradients, Lane
+
+
+class LaneRunner:
+    """One lane of one sync: its anchor, outer optimizer, codec memory and the message in flight."""
+
+    def __init__(self, sync: Sync, lane: Lane, channel: Channel, corrections: list[BoundCorrection]) -> None:
+        self.sync, self.lane, self.channel = sync, lane, channel
+        self.corrections = [c for c in corrections if sync.what.slot in c.slots]
+        self.anchor: Tensor | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.flights: list[Flight] = []
+        self.last_step = 0
+        if sync.signal == "delta" or sync.outer is not None:
+            self.anchor = lane.live.detach().to(lane.message_dtype, copy=True)
+        if sync.outer is not None:
+            assert self.anchor is not None
+            self._anchors = lane.views(self.anchor)
+            self.optimizer = sync.outer.build(self._anchors)
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether the live buffer itself may travel: it is at rest, and nobody needs its old value."""
+        sync, same_dtype = self.sync, self.lane.live.dtype == self.lane.message_dtype
+        at_rest = sync.apply == Blocking() or sync.apply == Blocking(order="cta")
+        plain = isinstance(sync.codec, Identity) and self.channel.sums
+        return (
+            sync.signal == "value" and at_rest and same_dtype and plain and self.anchor is None and not self.corrections
+        )
+
+    def send(self, step: int, round_: int) -> None:
+        """The send half: snapshot, encode, start the transfer."""
+        live = self.lane.live
+        if self.sync.signal == "delta":
+            assert self.anchor is not None
+            message = self.anchor - live
+        elif self._in_place:
+            message = live
+        else:
+            message = live.to(self.lane.message_dtype, copy=True)
+        sent = live.clone() if self.sync.apply.merge.needs_sent or self.corrections else None
+        for correction in self.corrections:
+            correction.publish(self.sync.what.slot, self.lane, message)
+        need_own = isinstance(self.sync.apply, OneRound) and self.sync.apply.inflight != 0.0
+        flight = self.channel.launch(message, step, round_, need_own)
+        flight.sent = sent
+        self.flights.append(flight)
+
+    def apply(self, step: int) -> Talk[None]:
+        """The apply half: wait, move the reference, merge into the live tensor."""
+        if isinstance(self.sync.apply, OneRound):
+            flight, result = self.flights[-1], (yield from self._corrected())
+        else:
+            flight = self.flights.pop(0)
+            result = yield from flight.finish()
+        new = self._move_reference(result)
+        self.sync.apply.merge(self.lane.live, new, flight.sent)
+        for correction in self.corrections:
+            assert flight.sent is not None
+            correction.on_applied(self.sync.what.slot, self.lane, flight.sent, step - self.last_step)
+        self.last_step = step
+
+    def _corrected(self) -> Talk[Tensor]:
+        """The fresh message's in-flight share plus what the previous round brought, without the share used then."""
+        assert isinstance(self.sync.apply, OneRound)
+        share = self.sync.apply.share(self.channel.world.size)
+        fresh = self.flights[-1]
+        result = torch.zeros(self.lane.numel, dtype=self.lane.message_dtype, device=self.lane.live.device)
+        if len(self.flights) == 2:
+            old = self.flights.pop(0)
+            result.add_((yield from old.finish()))
+            if share:
+                assert old.own is not None
+                result.sub_(old.own, alpha=share)
+        if share:
+            assert fresh.own is not None
+            result.add_(fresh.own, alpha=share)
+        return result
+
+    def _move_reference(self, result: Tensor) -> Tensor:
+        if self.anchor is None:
+            return result
+        direction = result if self.sync.signal == "delta" else self.anchor - result
+        if self.optimizer is None:
+            self.anchor.sub_(direction)
+        else:
+            for anchor, gradient in zip(self._anchors, self.lane.views(direction), strict=True):
+                anchor.grad = gradient
+            self.optimizer.step()
+            for anchor in self._anchors:
+                anchor.grad = None
+        return self.anchor
+
+    def drain(self) -> Talk[None]:
+        """After the last step: apply what is still in flight; local progress made since then is kept on top."""
+        while self.flights:
+            if not isinstance(self.sync.apply, OneRound):
+                yield from self.apply(self.last_step)
+                continue
+            flight = self.flights.pop(0)
+            result = (yield from flight.finish()).clone()
+            share = self.sync.apply.share(self.channel.world.size)
+            if share:
+                assert flight.own is not None
+                result.sub_(flight.own, alpha=share)
+            assert self.anchor is not None
+            before = self.anchor.clone()
+            moved = self._move_reference(result) - before
+            self.lane.live.add_(moved.to(self.lane.live.dtype))
+
+    def due(self, step: int) -> bool:
+        """Whether the oldest message in flight must be applied at ``step``, apart from any new send."""
+        if isinstance(self.sync.apply, OneRound):  # its apply half belongs to the next send
+            return False
+        return bool(self.flights) and step >= self.flights[0].step + self.sync.apply.delay
+
+    def land(self) -> Talk[None]:
+        """Wait for everything in flight, without applying it."""
+        for flight in self.flights:
+            yield from flight.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of this lane that outlives a step (call :meth:`land` first)."""
+        return {
+            "anchor": self.anchor,
+            "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
+            "channel": self.channel.tensors(),
+            "flights": [f.state_dict() for f in self.flights],
+            "last_step": self.last_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from saved state."""
+        if self.anchor is not None:
+            self.anchor.copy_(state["anchor"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.channel.load(state["channel"])
+        self.flights = [Flight.from_state_dict(f) for f in state["flights"]]
+        self.last_step = int(state["last_step"])
+
+
+class SyncRunner:
+    """One sync at work: its lanes and the number of rounds it has sent."""
+
+    def __init__(self, sync: Sync, label: str, lanes: list[LaneRunner]) -> None:
+        self.sync, self.label, self.lanes = sync, label, lanes
+        self.rounds = 0
+
+    def send(self, step: int) -> None:
+        """Start one round on every lane."""
+        for lane in self.lanes:
+            lane.send(step, self.rounds)
+        self.rounds += 1
+
+    def apply(self, step: int) -> Talk[None]:
+        """Apply the oldest round on every lane."""
+        for lane in self.lanes:
+            yield from lane.apply(step)
+
+    def apply_due(self, step: int) -> Talk[None]:
+        """Apply what is due."""
+        for lane in self.lanes:
+            if lane.due(step):
+                yield from lane.apply(step)
+
+    def land(self) -> Talk[None]:
+        """Wait for everything in flight, without applying it."""
+        for lane in self.lanes:
+            yield from lane.land()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of all lanes."""
+        return {"label": self.label, "rounds": self.rounds, "lanes": [lane.state_dict() for lane in self.lanes]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from saved state."""
+        self.rounds = int(state["rounds"])
+        for lane, saved in zip(self.lanes, state["lanes"], strict=False):  # lanes of optimizer states come later
+            lane.load_state_dict(saved)
+
+
+class GradientRunner:
+    """A gradient sync of the parameters that one optimizer steps."""
+
+    def __init__(self, runner: SyncRunner, copies: list[FlatGradients]) -> None:
+        self.runner, self.copies = runner, copies
+
+    def run(self) -> Talk[None]:
+        """Gather, send, apply, hand back. Steps are this optimizer's own, counted by the rounds sent."""
+        step = self.runner.rounds + 1
+        for copy in self.copies:
+            copy.gather()
+        self.runner.send(step)
+        yield from self.runner.apply(step)
+        for copy in self.copies:
+            copy.scatter()
