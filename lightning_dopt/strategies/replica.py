@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,6 +128,13 @@ class ReplicaStrategy(DDPStrategy):
         if _private.layer_sync(self) is not None:
             raise ValueError(
                 "Trainer(sync_batchnorm=True): makes every forward pass communicate; use buffers='average'"
+            )
+        if self._start_method == "popen" and hasattr(
+            sys, "ps1"
+        ):  # as Lightning asks, which would advise another strategy
+            raise ValueError(
+                f"{type(self).__name__}(start_method='popen'): a notebook cannot be started again as a script; use "
+                "start_method='fork', or a name such as strategy='diloco_notebook'"
             )
         self.plan.check(self.num_nodes * self.num_processes)
 

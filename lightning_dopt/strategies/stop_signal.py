@@ -49,6 +49,8 @@ class StopSignal:
         self._timer = threading.Timer(PATIENCE, _private.received_sigterm, (self.trainer,))
         self._timer.daemon = True
         self._timer.start()
+        if self.trainer.world_size == 1:
+            _private.received_sigterm(self.trainer)
         launcher = self.trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signum)
