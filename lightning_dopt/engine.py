@@ -153,6 +153,19 @@ class Engine:
         waiting = any(lane.due(step) for r in self.runners for lane in r.lanes)
         return waiting or any(r.sync.when.due(step) for r in self.runners)
 
+    def meets(self, step: int | None = None) -> bool:
+        """Whether all ranks wait for all at optimizer step ``step`` (default: the coming one), as in an all-reduce.
+
+        Plans that only talk to neighbours never do; for them this is every 32nd communicating step, so that ranks can
+        agree on something (such as stopping) without giving up that a slow rank delays only its neighbours.
+        """
+        step = self.step + 1 if step is None else step
+        if not self.communicates(step):
+            return False
+        if all(sync.peers.is_mean(self.world.size) or sync.when.at_end for sync in self.plan):
+            return True
+        return step % 32 == 0
+
     @property
     def begun(self) -> bool:
         """Whether the coming step's :meth:`before_step` has run, or no sync needs it."""

@@ -152,9 +152,7 @@ class Channel:
         return self._matrix_rounds(self.compressor, value, seed)
 
     def _matrix_rounds(self, compressor: LowRank, value: Tensor, seed: int) -> Rounds:
-        owns, means = yield from compressor.rounds_many(
-            self.lane.views(value), self.codec_state, seed, self.world.size
-        )
+        owns, means = yield from compressor.rounds_many(self.lane.views(value), self.codec_state, seed, self.world.size)
         return _flatten(owns, value), _flatten(means, value)
 
     def _exchanged(self, payload: Tensor, seed: int, round_: int) -> Talk[Tensor]:

@@ -23,7 +23,7 @@ from lightning_dopt import (
     outer,
     plans,
 )
-from lightning_dopt.comm import ProcessGroupWorld
+from lightning_dopt.comm import ProcessGroupWorld, SimulatedWorld
 
 Ranks = Callable[..., list[Any]]
 LINK = Link(mbit=1.0, ms=2.0)
@@ -249,3 +249,16 @@ def test_the_optimizer_argument_is_used() -> None:
     a = mosaic_simulation(Plan(), 2, sgd(0.1)).run(1).stacked("scale")
     b = mosaic_simulation(Plan(), 2, sgd(0.2)).run(1).stacked("scale")
     assert not torch.equal(a, b)
+
+
+def test_gossip_meets_all_ranks_only_now_and_then() -> None:
+    """A slow rank must delay its neighbours only: nothing but every 32nd step is common to all ranks."""
+
+    def meeting(plan: Plan, n: int = 8) -> list[int]:
+        engine = Engine(plan, {"x": torch.zeros(3, requires_grad=True)}, SimulatedWorld.create(n)[0])
+        return [step for step in range(1, 65) if engine.meets(step)]
+
+    assert meeting(plans.gossip()) == [32, 64]
+    assert meeting(plans.diloco(20)) == [20, 40, 60]
+    assert meeting(plans.compressed_ddp()) == list(range(1, 65))
+    assert meeting(plans.lo_fi()) == []

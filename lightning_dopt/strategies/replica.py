@@ -185,7 +185,7 @@ class ReplicaStrategy(DDPStrategy):
         self.engine = self._make_engine()
         self._final, self._swap, self._running, self._told = None, None, True, None
         self._restore_engine()
-        self._undo_quiet = StopSignal(trainer, self.engine.communicates, self._answers).undo
+        self._undo_quiet = StopSignal(trainer, self.engine.meets, self._answers).undo
         if self.evaluate == "consensus" and any(_private.averages_weights(c) for c in trainer.callbacks):
             self._warn_of_averages()
 

@@ -20,20 +20,20 @@ PATIENCE = 10.0
 class StopSignal:
     """Handles SIGTERM during ``fit``, without communication inside the signal handler.
 
-    The signal is noted. Before the next communicating step rank 0 tells all whether it got one; then all raise
+    The signal is noted. Before the next step at which all ranks meet, rank 0 tells all whether it got one; then all raise
     ``SIGTERMException`` at the same step, so that replicas saved by a callback belong together. A rank that has not
     come to such a step within :data:`PATIENCE` seconds stops after its batch.
 
     Args:
         trainer: The Trainer, before it registers its signal handlers.
-        communicates: Whether the coming optimizer step does; the same on all ranks.
+        meets: Whether all ranks wait for all at the coming optimizer step; the same answer on all ranks.
         answers: Makes the context in which to communicate; turns errors into readable ones.
     """
 
     def __init__(
-        self, trainer: Any, communicates: Callable[[], bool], answers: Callable[[str], AbstractContextManager[None]]
+        self, trainer: Any, meets: Callable[[], bool], answers: Callable[[str], AbstractContextManager[None]]
     ) -> None:
-        self.trainer, self.communicates, self.answers = trainer, communicates, answers
+        self.trainer, self.meets, self.answers = trainer, meets, answers
         self._timer: threading.Timer | None = None
         self._undo = _private.replace_sigterm(trainer, self._on_signal, self._before_batch)
 
@@ -56,7 +56,7 @@ class StopSignal:
             launcher.kill(signum)
 
     def _before_batch(self) -> None:
-        if not self.communicates():
+        if not self.meets():
             return
         flag = torch.tensor([int(self._timer is not None)], device=self.trainer.strategy.root_device)
         with self.answers("broadcast before the step"):
