@@ -437,7 +437,9 @@ def test_corrections_refuse_topologies_that_bias_them() -> None:
     """Exact diffusion needs symmetric weights, tracking a preserved mean; both say what to use instead."""
     directed = plans.gossip(lightning_dopt.OnePeerExponential(), correction="exact_diffusion")
     directed.check(2)  # two workers swap: symmetric
-    with pytest.raises(ValueError, match=r"^ExactDiffusion: needs symmetric mixing weights, .* use an undirected topology"):
+    with pytest.raises(
+        ValueError, match=r"^ExactDiffusion: needs symmetric mixing weights, .* use an undirected topology"
+    ):
         directed.check(8)
     pull = topology.FromMatrix([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.75, 0.0, 0.25]])
     with pytest.raises(ValueError, match=r"^GradientTracking: .* use a doubly stochastic topology$"):

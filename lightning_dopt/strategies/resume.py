@@ -75,7 +75,7 @@ class ExactResume:
             return self._final
         return {
             "rng": self._held if self._held is not None else rng_state(),
-            "epoch": self._epoch,
+            "epoch": _last_epoch(trainer),
             "starts": dict(self._starts),
             "batches": _used(trainer),
             "ended": _ended(trainer),
@@ -149,12 +149,12 @@ class ExactResume:
         same_epoch = state["epoch"] == loop.epoch_progress.current.processed
         again = same_epoch and not state["ended"]
         self._epoch, self._starts = (state["epoch"], dict(state["starts"])) if same_epoch else (None, {})
-        loaders = _stateful(trainer) if state["epoch"] is not None else []  # else saved before there were any (tuners)
-        if len(loaders) != len(state["loaders"]):
+        loaders = _stateful(trainer)
+        if again and len(loaders) != len(state["loaders"]):
             raise RuntimeError(
                 f"{len(loaders)} training loaders can be resumed, but the checkpoint was saved with {len(state['loaders'])}"
             )
-        for loader, saved in zip(loaders, state["loaders"], strict=True):
+        for loader, saved in zip(loaders, state["loaders"], strict=False):  # a tuner saves before there are any
             if type(loader) is ResumableLoader:
                 loader.restart()
                 loader.load_state_dict(saved, again)
@@ -165,6 +165,8 @@ class ExactResume:
             _repeat(combined, state["batches"])
         if getattr(fetcher, "batches", None):  # loaders of unknown length are fetched one batch ahead
             fetcher.batches = [next(combined)]
+        if same_epoch:
+            set_rng_state(state["rng"])  # stateful loaders may draw when they begin; in a new epoch they should
 
 
 def ordinary(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +198,12 @@ def _repeat(combined: CombinedLoader, batches: int) -> None:
     mode.iterators = [
         new if isinstance(new, LoaderPass) else old for new, old in zip(mode.iterators, passes, strict=True)
     ]
+
+
+def _last_epoch(trainer: Trainer) -> int | None:
+    """The epoch, counted from 0, that the last batch belonged to; None before the first."""
+    begun: int = trainer.fit_loop.epoch_progress.current.started  # type: ignore[attr-defined]
+    return begun - 1 if begun else None
 
 
 def _used(trainer: Trainer) -> int:
@@ -256,6 +264,8 @@ def _settle_loops(trainer: Trainer, state: dict[str, Any]) -> None:
     loop: Any = trainer.fit_loop
     batches = loop.epoch_loop.batch_progress
     staged = hasattr(loop, "_restart_stage")  # before 2.5 Lightning does part of a finished batch or epoch again
+    if state["epoch"] is None:
+        return
     if state["ended"] and (not staged or loop.epoch_progress.current.processed > state["epoch"]):
         _settle_before_epoch(loop, state["epoch"] + 1)
     elif not staged:
