@@ -291,6 +291,13 @@ class Counting(Module):
         return super().configure_optimizers()
 
 
+class Skipping(Module):
+    """Leaves out the rest of an epoch from its third batch on."""
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 2 else None
+
+
 class ByHand(Module):
     """Accumulates over three batches by itself."""
 
@@ -417,6 +424,7 @@ def test_resume_with_worker_processes(kind: str, tmp_path: Path) -> None:
         {"limit_train_batches": 3},
         {"reload_dataloaders_every_n_epochs": 1},
         {"module": Counting},
+        {"module": Skipping, "max_epochs": 3},
         {"module": ByHand, "validate": True, "val_check_interval": 2},
         {"max_epochs": -1, "max_steps": 2 * PER_EPOCH + 3},
         {"max_epochs": -1, "max_steps": 2 * PER_EPOCH + 3, "validate": True},
@@ -430,7 +438,9 @@ def test_resume_anywhere_under_options_of_the_trainer(options: dict[str, Any], t
     assert wrong == []
 
 
-@pytest.mark.parametrize("options", [{"max_epochs": 3}, {"max_steps": 2 * PER_EPOCH + 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"max_epochs": 3}, {"max_steps": 2 * PER_EPOCH + 3}, {"max_epochs": 4, "module": Skipping}], ids=str
+)
 def test_resume_of_a_resumed_run(options: dict[str, Any], tmp_path: Path) -> None:
     first = SaveAll(tmp_path, ("batch", "validation", "epoch"))
     full, trainer = fit(validate=True, callback=first, **options)

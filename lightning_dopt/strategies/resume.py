@@ -225,7 +225,9 @@ def _in_work(trainer: Trainer) -> int:
 def _ended(trainer: Trainer) -> bool:
     """Whether training has finished with all batches of the epoch, or all it wants."""
     fetcher, progress = trainer.fit_loop._data_fetcher, trainer.fit_loop.epoch_loop.batch_progress
-    return ((fetcher is not None and fetcher.done) or progress.is_last_batch) and not _in_work(trainer)
+    counts: Any = progress.current
+    skipped = counts.started < counts.processed  # on_train_batch_start returned -1
+    return ((fetcher is not None and fetcher.done) or progress.is_last_batch or skipped) and not _in_work(trainer)
 
 
 def _stateful(trainer: Trainer) -> list[Any]:
@@ -249,11 +251,14 @@ def _unnoticed(loader: SeededLoader) -> Start:
 
 
 def _settle_counters(loops: dict[str, Any], state: dict[str, Any]) -> None:
-    """Count a batch in work as not begun, and an epoch that was cut short as not finished."""
-    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
-    if batches["current"]["processed"] < batches["current"]["ready"]:
-        for counts in (batches["current"], batches["total"]):
-            counts["ready"] = counts["started"] = counts["processed"] = counts["completed"]
+    """Count a batch in work as not begun, a skipped one as done, and an epoch that was cut short as not finished."""
+    epochs = loops["epoch_progress"]
+    current, total = (loops["epoch_loop.batch_progress"][name] for name in ("current", "total"))
+    if current["processed"] < current["ready"]:
+        total["ready"] -= current["ready"] - current["completed"]
+        current["ready"] = current["started"] = current["processed"] = current["completed"]
+    for name in ("started", "processed", "completed"):  # Lightning compares the totals to tell where it was stopped
+        total[name] = total["ready"] - (current["ready"] - current[name])
     if state["epoch"] is not None and not state["ended"] and epochs["current"]["processed"] > state["epoch"]:
         for counts in (epochs["current"], epochs["total"]):
             counts["processed"] = counts["completed"] = state["epoch"]
