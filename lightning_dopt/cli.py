@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
@@ -87,10 +87,8 @@ class DoptCLI(LightningCLI):
 def train(arguments: Sequence[str] | None) -> None:
     """``dopt fit`` and its kin; ``None`` reads the command line, which the processes of other ranks run again."""
     DoptCLI(
-        LightningModule,
-        LightningDataModule,
+        LightningModule,  # any data module may be named, none need be: a module may bring its own loaders
         subclass_mode_model=True,
-        subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         args=list(arguments) if arguments is not None else None,
     )

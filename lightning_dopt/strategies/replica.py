@@ -448,8 +448,7 @@ class ReplicaStrategy(DDPStrategy):
             return main
         mine = self._read(replica_files.file(checkpoint_path, tag, self.global_rank, size), **kwargs)
         self._restored = mine.pop(replica_files.KEY)
-        if self._restored["resume"]["loaders"]:  # none before training begins, which is when tuners save
-            self._resume.load_state(self._restored["resume"], mine)
+        self._resume.load_state(self._restored["resume"], mine)
         if self._running:  # tuners save and restore in the middle of a fit
             self._restore_engine()
         return mine
