@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from test_trainer_resume import same_from
 from torch import Tensor, nn
 from trainer_tools import Regressor, Trace, adam, counted_calls, fit, flat, on_ranks, regression, trainer
@@ -228,11 +229,12 @@ def test_progress_bar_shows_the_numbers(capfd: pytest.CaptureFixture[str]) -> No
     assert "comm/stall_s=" in out
 
 
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning has it since 2.6")
 def test_weight_averaging_callback() -> None:
     """Resume is exact with it; a warning says what it does; in the end all ranks hold the mean of the averages."""
 
     def one(rank: int, folder: Any, plan: Plan, path: Any = None) -> Any:
-        trace, ema = Trace(), EMAWeightAveraging(decay=0.5)
+        trace, ema = Trace(), callbacks.EMAWeightAveraging(decay=0.5)
         saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
         fitter = trainer(ReplicaStrategy(plan=plan), max_steps=6, max_epochs=-1, callbacks=[trace, ema, saver])
         module = Regressor(optimizer=adam)
