@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import StrategyRegistry
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from trainer_tools import Regressor, Trace, adam, fit, flat, on_ranks, quiet, regression, sgd, shares, trainer
@@ -235,7 +236,8 @@ def test_compiled_modules() -> None:
 
 
 @pytest.mark.skipif(
-    lightning.__version__ < "2.5", reason="Lightning 2.4 ends the fit two steps after its finder, also with stock DDP"
+    Version(lightning.__version__) < Version("2.5"),
+    reason="Lightning 2.4 ends the fit two steps after its finder, also with stock DDP",
 )
 def test_learning_rate_finder() -> None:
     """It trains for a while and puts everything back: training afterwards is as if nothing had been."""
