@@ -237,7 +237,7 @@ def test_compiled_modules() -> None:
 
 @pytest.mark.skipif(
     Version(lightning.__version__) < Version("2.5"),
-    reason="Lightning 2.4 ends the fit two steps after its finder, also with stock DDP",
+    reason="2.4 ends the fit two steps after its finder, with DDP, too",
 )
 def test_learning_rate_finder() -> None:
     """It trains for a while and puts everything back: training afterwards is as if nothing had been."""
