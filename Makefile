@@ -26,8 +26,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## step times and bytes beside DDP's
-	$(BIN)/python -m benchmarks.step_time
+# LINK_TOOL: a program that starts ranks behind links of a given speed; without it only the unlimited case runs.
+LINK_TOOL ?= $(wildcard ../shared/tools/slownet)
+
+bench: $(STAMP)  ## step times and bytes beside DDP's, also behind 100 and 20 Mbit/s
+	$(BIN)/python -m benchmarks.step_time $(if $(LINK_TOOL),--link-tool $(LINK_TOOL))
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
