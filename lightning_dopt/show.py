@@ -91,9 +91,10 @@ def papers(made: Callable[..., object]) -> list[str]:
 
 
 def shapes_of(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Shapes of a module's trainable parameters, and the number of floating point elements in its buffers."""
+    """Shapes of a module's trainable parameters, and the number of floating point elements in the buffers it saves."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    return shapes, sum(b.numel() for b in model.buffers() if b.is_floating_point())
+    saved = model.state_dict().keys()  # the strategy averages no others
+    return shapes, sum(b.numel() for name, b in model.named_buffers() if name in saved and b.is_floating_point())
 
 
 # ---------------------------------------------------------------------- the four texts
