@@ -338,7 +338,13 @@ class ReplicaStrategy(DDPStrategy):
             assert self.lightning_module is not None
             distance = torch.tensor(self._distance, dtype=torch.float64)
             self.lightning_module.log(
-                "consensus/distance", distance, on_step=False, on_epoch=True, add_dataloader_idx=False, batch_size=1
+                "consensus/distance",
+                distance,
+                on_step=False,
+                on_epoch=True,
+                sync_dist=True,
+                add_dataloader_idx=False,
+                batch_size=1,
             )
         return super().validation_step(*args, **kwargs)
 
