@@ -64,7 +64,7 @@ def strategy(arm: str, sync_every: int) -> Any:
 def run(arm: str, args: argparse.Namespace) -> tuple[float, int]:
     """Seconds per step (median; for DiLoCo the mean over one round) and bytes sent per step by this rank."""
     L.seed_everything(0)
-    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    world, local = args.world, args.local
     steps = args.warmup + args.sync_every if arm == "diloco" else args.steps
     model = ByteGPT(n_layer=args.layers, n_head=4, n_embd=args.width, context=args.context)
     data: Any = torch.randint(0, 256, (args.batch * (steps + 2) * world, args.context + 1), dtype=torch.uint8)
@@ -86,11 +86,13 @@ def run(arm: str, args: argparse.Namespace) -> tuple[float, int]:
 def worker(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    # Lightning removes these variables again after the first fit.
+    rank, args.world, args.local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     rows: dict[str, list[tuple[float, int]]] = {arm: [] for arm in args.arms}
     for _ in range(args.rounds):
         for arm in args.arms:
             rows[arm].append(run(arm, args))
-    if int(os.environ["RANK"]) == 0:
+    if rank == 0:
         report(rows, args)
 
 
@@ -153,7 +155,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     for mbit in args.links if args.link_tool else []:
         print(f"\n{mbit:g} Mbit/s", flush=True)
         out = folder / f"{mbit:g}.json"
-        command = [*rank, "--rounds=1", f"--steps={args.warmup + 5}", f"--json={out}"]
+        command = [*rank, "--rounds=1", f"--steps={args.warmup + 4}", f"--json={out}"]
         tool = [
             sys.executable,
             args.link_tool,
