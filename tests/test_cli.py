@@ -158,7 +158,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("describe", "dopt describe: name one of compressed_ddp, diloco, "),
         ("describe dilco", "dopt describe: unknown method 'dilco': must be one of compressed_ddp, diloco, "),
         ("describe diloco --sync_evry 3", "unrecognized arguments: --sync_evry 3"),
-        ("describe diloco --sync_every 0", "Every(n=0): must be an integer of at least 1"),
+        ("describe diloco --sync_every 0", "diloco(sync_every=0): must be an integer of at least 1"),
         ("describe diloco --sync_every x", "plan.sync_every: Expected a <class 'int'>. Got value: x"),
         ("describe diloco --codec int9", "codec=int9: must be one of identity, bf16, "),
         ("describe diloco --codec top_k", "the following arguments are required: ratio"),
@@ -183,7 +183,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             f"fit {TASK} --trainer.strategy.class_path=lightning_dopt.DiLoCoStrategy --trainer.strategy.sync_every=0",
-            "Every(n=0): must be an integer of at least 1",
+            "diloco(sync_every=0): must be an integer of at least 1",
         ),
         (
             f"fit {TASK} --trainer.devices=3 --trainer.strategy.class_path=lightning_dopt.GossipStrategy "

@@ -454,3 +454,20 @@ def test_outer_momentum_over_pairs_warns_beyond_the_bound() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plans.diloco(50, outer_momentum=0.5, topology=lightning_dopt.RandomPairs()).check(16)
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: plans.diloco(outer_lr=-1), r"^diloco\(outer_lr=-1\): must be a number in \(0, inf\)$"),
+        (lambda: plans.diloco(sync_every=0), r"^diloco\(sync_every=0\): must be an integer of at least 1$"),
+        (
+            lambda: plans.diloco(outer_momentum=0.0),
+            r"^diloco\(nesterov=True, outer_momentum=0\): .* use nesterov=False$",
+        ),
+        (lambda: plans.local_sgd(0), r"^local_sgd\(sync_every=0\): must be an integer of at least 1$"),
+    ],
+)
+def test_presets_name_their_own_options(make: Callable[[], Plan], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        make()

@@ -1,5 +1,6 @@
 """DiLoCo: many local steps, then one step of an outer optimizer on the mean change."""
 
+from lightning_dopt._checks import check_float, check_int
 from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.memory import Difference
@@ -38,6 +39,13 @@ def diloco(
 
     Source: Douillard et al., "DiLoCo", arXiv 2311.08105; sparse topologies after NoLoCo, arXiv 2506.10911.
     """
+    check_int("diloco", "sync_every", sync_every, 1)
+    check_float("diloco", "outer_lr", outer_lr, 0.0, open_low=True)
+    check_float("diloco", "outer_momentum", outer_momentum, 0.0, 1.0, open_high=True)
+    if nesterov and outer_momentum == 0.0:
+        raise ValueError(
+            "diloco(nesterov=True, outer_momentum=0): Nesterov needs a momentum in (0, 1), use nesterov=False"
+        )
     outer = SGD(lr=outer_lr, momentum=outer_momentum, nesterov=nesterov)
     peers, wire = topology or Complete(), codec or Identity()
     if not isinstance(peers, Complete):
