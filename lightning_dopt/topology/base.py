@@ -21,8 +21,9 @@ class Topology(Part, ABC):
 
     A subclass implements :meth:`row`, and :meth:`receivers` as well if the graph is directed. It overrides
     :meth:`check` if it does not exist for every number of workers, :meth:`period` and :meth:`max_degree` if it changes
-    over time, :meth:`is_mean` where a round can be an exact mean, and :meth:`symmetric` and :meth:`stationary` if its
-    matrices are not symmetric or not doubly stochastic.
+    over time, :meth:`is_mean` where a round can be an exact mean, and :meth:`symmetric`, :meth:`doubly_stochastic`,
+    :meth:`row_stochastic`, :meth:`column_stochastic` and :meth:`stationary` if its matrices are not symmetric or not
+    doubly stochastic.
 
     Methods other than :meth:`check` and :meth:`matrix` trust their arguments: call :meth:`check` once, before training.
     """
@@ -43,7 +44,10 @@ class Topology(Part, ABC):
 
     @abstractmethod
     def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
-        """The positive weights ``{j: W[rank, j]}`` of round ``step``, own weight included, summing to one."""
+        """The weights ``{j: W[rank, j]}`` of round ``step`` that are not zero, own weight included.
+
+        They sum to one if :meth:`row_stochastic` and are positive, except for weight rules that say otherwise.
+        """
 
     def receivers(self, n: int, rank: int, step: int = 0) -> list[int]:
         """The ranks that hear ``rank`` in round ``step``, ascending, without ``rank`` itself."""
@@ -71,16 +75,30 @@ class Topology(Part, ABC):
         return not self.directed
 
     def stationary(self, n: int) -> list[float]:
-        """The weights ``lambda`` that every round keeps, ``sum_i lambda_i x_i`` before and after (they sum to one).
+        """The weights ``lambda`` of the mean ``sum_i lambda_i x_i`` that repeated rounds lead to (they sum to one).
 
-        Repeated rounds drive every rank to this weighted mean of the starting values; ``1/n`` each, the plain mean,
-        exactly if the matrices are doubly stochastic.
+        If rows sum to one, every round keeps that mean, and repeated rounds drive every rank to it; ``1/n`` each, the
+        plain mean, exactly if the matrices are doubly stochastic. If only columns sum to one (push-sum), the weights
+        are those of the mean that the *ratio* of mixed values to mixed ones reaches: always ``1/n`` each, since every
+        round keeps the plain sums of both. Topologies that keep their mean in expectation only say so.
         """
         return [1.0 / n] * n
 
     def doubly_stochastic(self, n: int) -> bool:
-        """Whether the columns of every round sum to one as well, so that a round keeps the plain mean."""
+        """Whether rows and columns of every round sum to one, so that a round keeps agreement and the plain mean."""
         return True
+
+    def row_stochastic(self, n: int) -> bool:
+        """Whether the rows of every round sum to one, so that a round keeps agreement: equal values stay equal.
+
+        ``False`` means that plain mixing changes the scale of the values, and only push-sum, which divides by ones
+        mixed in the same way, can use the topology.
+        """
+        return True
+
+    def column_stochastic(self, n: int) -> bool:
+        """Whether the columns of every round sum to one, so that a round keeps the plain sum over all ranks."""
+        return self.doubly_stochastic(n)
 
     def matrix(self, n: int, step: int = 0) -> Tensor:
         """The mixing matrix of round ``step``: float64, shape (n, n), entry (i, j) what rank ``i`` gives rank ``j``.

@@ -120,3 +120,11 @@ class Lazy(Topology):
     def doubly_stochastic(self, n: int) -> bool:
         """Whether the inner matrices are doubly stochastic."""
         return self.topology.doubly_stochastic(n)
+
+    def row_stochastic(self, n: int) -> bool:
+        """Whether the rows of the inner matrices sum to one."""
+        return self.topology.row_stochastic(n)
+
+    def column_stochastic(self, n: int) -> bool:
+        """Whether the columns of the inner matrices sum to one."""
+        return self.topology.column_stochastic(n)
