@@ -12,6 +12,7 @@ from lightning_dopt._random import key
 from lightning_dopt.apply import OneRound
 from lightning_dopt.comm.world import Talk, World
 from lightning_dopt.exchange import Channel
+from lightning_dopt.local.base import Context
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import GradientRunner, LaneRunner, SyncRunner
 from lightning_dopt.slots import FlatBuffers, FlatGradients, FlatTensors, Lane
@@ -74,7 +75,17 @@ class Engine:
         self.groups = [list(g) for g in gradient_groups] if gradient_groups is not None else [list(self.parameters)]
         chosen = [self._selected(s) for s in plan if s.what.slot in ("parameters", "gradients")]
         self.flat = FlatTensors(self.parameters, [*chosen, *self.groups])
-        self.corrections = [c.bind(self.flat.lanes, self.parameters, lr or _no_lr) for c in plan.corrections]
+        self.means = plan.means(world.size)
+        context = Context(
+            world.rank,
+            world.size,
+            self.flat.lanes,
+            self.parameters,
+            lr or _no_lr,
+            optimizer_state or _no_state,
+            self.means,
+        )
+        self.corrections = [c.bind(context) for c in plan.corrections]
         self.buffers = FlatBuffers(buffers or {})
         self.gradients: list[list[GradientRunner]] = [[] for _ in self.groups]
         self.runners: list[SyncRunner] = []
@@ -288,28 +299,35 @@ class Engine:
     def consensus(self, label: str = "consensus") -> Talk[tuple[Tensor, list[Tensor]]]:
         """The mean replica and how far the replicas are from it.
 
-        Returns ``(distance, means)``: ``distance`` is ``sqrt(mean_i ||x_i - mean||^2)`` over all parameters, ``means`` the
-        mean of each lane of :attr:`flat`, then of the buffers' message. Costs one all-reduce of the model and one of a
-        number (counted as overhead).
+        The mean is the one that the plan's mixing preserves: ``sum_i lambda_i x_i`` with ``lambda`` of
+        :meth:`Plan.means`, the plain mean unless the topology is weighted.
+
+        Returns ``(distance, means)``: ``distance`` is ``sqrt(sum_i lambda_i ||x_i - mean||^2)`` over all parameters,
+        ``means`` the mean of each lane of :attr:`flat`, then of the buffers' message. Costs one all-reduce of the model
+        and one of a number (counted as overhead).
         """
         means = []
         lanes = self.flat.lanes
         total = torch.zeros(1, dtype=torch.float64, device=lanes[0].live.device)
         for lane in lanes:
-            mean = lane.live.to(lane.message_dtype, copy=True)
-            if self.world.size > 1:
-                mean = (yield self.world.all_reduce(mean, label, overhead=True)).mul_(1.0 / self.world.size)
-                total += (lane.live - mean).double().square().sum()
+            mean = yield from self._mean(lane.live.to(lane.message_dtype, copy=True), label)
+            total += (lane.live - mean).double().square().sum()
             means.append(mean)
-        if self.world.size > 1:
-            total = (yield self.world.all_reduce(total, label, overhead=True)).div_(self.world.size)
+        total = yield from self._mean(total, label)
         if self.buffers.buffers:
             self.buffers.pack()
-            mean = self.buffers.lane.live.clone()
-            if self.world.size > 1:
-                mean = (yield self.world.all_reduce(mean, label, overhead=True)).mul_(1.0 / self.world.size)
-            means.append(mean)
+            means.append((yield from self._mean(self.buffers.lane.live.clone(), label)))
         return total.sqrt(), means
+
+    def _mean(self, value: Tensor, label: str) -> Talk[Tensor]:
+        """The mean over all replicas, in place."""
+        if self.world.size == 1:
+            return value
+        share, size = self.means[self.world.rank], self.world.size
+        if share != 1.0 / size:  # the plain mean is scaled once, after the sum
+            value.mul_(share * size)
+        total: Tensor = yield self.world.all_reduce(value, label, overhead=True)
+        return total.mul_(1.0 / size)
 
     def land(self) -> Talk[None]:
         """Wait for everything in flight without applying it, so that the state can be saved."""
@@ -353,3 +371,7 @@ class Engine:
 
 def _no_lr(name: str) -> float:
     raise RuntimeError(f"a correction needs the learning rate of {name!r}: give Engine(lr=...)")
+
+
+def _no_state(name: str, key: str) -> Tensor:
+    raise RuntimeError(f"a correction needs the optimizer's {key!r} of {name!r}: give Engine(optimizer_state=...)")

@@ -116,6 +116,14 @@ class Plan(Part):
             names.append(sync.label if seen[sync.label] == 1 else f"{sync.label}#{seen[sync.label]}")
         return names
 
+    def means(self, n: int) -> list[float]:
+        """The weight of every replica in the consensus model: what the mixing of the parameters preserves.
+
+        They sum to one, and are ``1/n`` each unless the first sync of the parameters has a weighted topology.
+        """
+        peers = next((s.peers for s in self.syncs if s.what.slot == "parameters"), None)
+        return peers.stationary(n) if peers is not None else [1.0 / n] * n
+
     def check(self, n: int) -> None:
         """Check that the plan makes sense for ``n`` workers.
 

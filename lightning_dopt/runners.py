@@ -72,7 +72,7 @@ class LaneRunner:
         self.sync.apply.merge(self.lane.live, new, flight.sent)
         for correction in self.corrections:
             assert flight.sent is not None
-            correction.on_applied(self.sync.what.slot, self.lane, flight.sent, step - self.last_step)
+            correction.on_applied(self.sync.what.slot, self.lane, flight.sent, new, step - self.last_step)
         self.last_step = step
 
     def _corrected(self) -> Talk[Tensor]:

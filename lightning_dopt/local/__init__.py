@@ -1,7 +1,7 @@
 """Corrections of the inner step: they make biased methods exact and know nothing of wires."""
 
-from lightning_dopt.local.base import BoundCorrection, Correction
+from lightning_dopt.local.base import BoundCorrection, Context, Correction
 from lightning_dopt.local.exact_diffusion import ExactDiffusion
 from lightning_dopt.local.gradient_tracking import GradientTracking
 
-__all__ = ["BoundCorrection", "Correction", "ExactDiffusion", "GradientTracking"]
+__all__ = ["BoundCorrection", "Context", "Correction", "ExactDiffusion", "GradientTracking"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,8 +16,34 @@ if TYPE_CHECKING:
     from lightning_dopt.plan import Plan
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a correction may know of the replica that it works in.
+
+    Attributes:
+        rank: This worker.
+        size: Number of workers.
+        lanes: The flat buffers that together hold all trainable parameters.
+        parameters: The same tensors by name.
+        lr: The inner optimizer's current learning rate of a parameter, by name.
+        state: The inner optimizer's state tensor of a parameter, by name and key (``KeyError`` if there is none yet).
+        means: For every rank the weight of its replica in the consensus model; they sum to one.
+    """
+
+    rank: int
+    size: int
+    lanes: Sequence[Lane]
+    parameters: Mapping[str, Tensor]
+    lr: Callable[[str], float]
+    state: Callable[[str, str], Tensor]
+    means: Sequence[float]
+
+
 class Correction(Part, ABC):
     """Plain data; :meth:`bind` makes the running object with its state."""
+
+    slots: frozenset[str] = frozenset()
+    """The slots whose syncs it works on; with ``"tracker"`` it sends a message of its own."""
 
     def check(self, plan: Plan) -> None:
         """Raise ``ValueError`` in one line if the plan's syncs do not suit the correction."""
@@ -25,8 +52,8 @@ class Correction(Part, ABC):
         """Raise ``ValueError`` in one line if the plan's topologies do not suit the correction with ``n`` workers."""
 
     @abstractmethod
-    def bind(self, lanes: list[Lane], parameters: Mapping[str, Tensor], lr: Callable[[str], float]) -> BoundCorrection:
-        """Prepare for the parameters in ``lanes``; ``lr`` gives the current learning rate of a parameter by name."""
+    def bind(self, context: Context) -> BoundCorrection:
+        """Prepare for work in one replica."""
 
 
 class BoundCorrection:
@@ -35,17 +62,37 @@ class BoundCorrection:
     slots: frozenset[str] = frozenset()
     """The slots whose syncs it wants to see."""
 
+    passes: int = 1
+    """How many forward and backward passes a step takes; before the second comes :meth:`perturb`."""
+
     def prepare(self, slot: str, lanes: list[Lane]) -> None:
         """Once, before training: the lanes of a sync it wants to see."""
+
+    def perturb(self, names: Collection[str]) -> None:
+        """After the first backward, if :attr:`passes` is 2: move these parameters for the second pass."""
+
+    def restore(self, names: Collection[str]) -> None:
+        """After the second backward: move them back, keep the gradients."""
 
     def on_gradient(self, names: Collection[str]) -> None:
         """After backward and before any gradient is sent: change ``p.grad`` in place, of these parameters only."""
 
+    def on_stepped(self) -> None:
+        """After the optimizer's update and before anything is sent: change the parameters in place."""
+
     def publish(self, slot: str, lane: Lane, message: Tensor) -> None:
         """Before ``message`` (a private copy with the lane's layout) is sent: change it in place."""
 
-    def on_applied(self, slot: str, lane: Lane, sent: Tensor, steps: int) -> None:
-        """After the lane has taken a result; ``sent`` is what it was before, ``steps`` the steps since the last time."""
+    def on_applied(self, slot: str, lane: Lane, sent: Tensor, new: Tensor, steps: int) -> None:
+        """After the lane has taken a result.
+
+        Args:
+            slot: The slot of the sync.
+            lane: Where the result is now.
+            sent: What the lane held when the message left.
+            new: The result itself. With ``order="awc"`` the lane holds it plus the inner optimizer's displacement.
+            steps: Optimizer steps since the last result.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that belong in a checkpoint, to be overwritten in place on resume."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_dopt._checks import check_float
-from lightning_dopt.local.base import BoundCorrection, Correction
+from lightning_dopt.local.base import BoundCorrection, Context, Correction
 from lightning_dopt.slots import Lane
 
 if TYPE_CHECKING:
@@ -58,19 +58,18 @@ class ExactDiffusion(Correction):
                     "topology such as Ring() or OnePeerHypercube(), or GradientTracking"
                 )
 
-    def bind(self, lanes: list[Lane], parameters: Mapping[str, Tensor], lr: Callable[[str], float]) -> BoundCorrection:
+    def bind(self, context: Context) -> BoundCorrection:
         """See :meth:`Correction.bind`."""
-        return _BoundExactDiffusion(self.kappa, lanes, parameters, lr)
+        return _BoundExactDiffusion(self.kappa, context)
 
 
 class _BoundExactDiffusion(BoundCorrection):
     slots = frozenset({"parameters"})
 
-    def __init__(
-        self, kappa: float, lanes: list[Lane], parameters: Mapping[str, Tensor], lr: Callable[[str], float]
-    ) -> None:
-        self.kappa, self.lanes, self.parameters, self.lr = kappa, lanes, parameters, lr
-        self.h = [torch.zeros(lane.numel, dtype=lane.message_dtype, device=lane.live.device) for lane in lanes]
+    def __init__(self, kappa: float, context: Context) -> None:
+        self.kappa, self.lanes = kappa, context.lanes
+        self.parameters, self.lr = context.parameters, context.lr
+        self.h = [torch.zeros(lane.numel, dtype=lane.message_dtype, device=lane.live.device) for lane in context.lanes]
 
     def on_gradient(self, names: Collection[str]) -> None:
         for lane, h in zip(self.lanes, self.h, strict=True):
@@ -82,7 +81,7 @@ class _BoundExactDiffusion(BoundCorrection):
                     p.grad = torch.zeros_like(p)
                 p.grad.sub_(part)
 
-    def on_applied(self, slot: str, lane: Lane, sent: Tensor, steps: int) -> None:
+    def on_applied(self, slot: str, lane: Lane, sent: Tensor, new: Tensor, steps: int) -> None:
         h = self.h[next(k for k, other in enumerate(self.lanes) if other is lane)]
         moved = lane.live.to(h.dtype) - sent
         for field, part, change in zip(lane.fields, lane.views(h), lane.views(moved), strict=True):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_dopt.local.base import BoundCorrection, Correction
+from lightning_dopt.local.base import BoundCorrection, Context, Correction
 from lightning_dopt.slots import Lane
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class GradientTracking(Correction):
                     "sum to one); use a doubly stochastic topology"
                 )
 
-    def bind(self, lanes: list[Lane], parameters: Mapping[str, Tensor], lr: Callable[[str], float]) -> BoundCorrection:
+    def bind(self, context: Context) -> BoundCorrection:
         """See :meth:`Correction.bind`."""
         return _BoundTracking()
 
@@ -79,7 +78,7 @@ class _BoundTracking(BoundCorrection):
         message.add_(y).sub_(previous)
         previous.copy_(gradient)
 
-    def on_applied(self, slot: str, lane: Lane, sent: Tensor, steps: int) -> None:
+    def on_applied(self, slot: str, lane: Lane, sent: Tensor, new: Tensor, steps: int) -> None:
         self._of(lane)[0].copy_(lane.live)
 
     def state(self) -> dict[str, Tensor]:
