@@ -602,7 +602,7 @@ def test_without_the_parts_resume_is_not_exact(tmp_path: Path) -> None:
         ("_repeat", {}),
         ("_settle_loops", {"max_steps": 2 * PER_EPOCH + 3, "max_epochs": -1}),
         ("_open_gradients", {"accumulate_grad_batches": 3}),
-        ("_set_sampler_epoch", {}),
+        ("loops.set_sampler_epoch", {}),
     ],
 )
 def test_every_piece_is_needed(broken: str, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

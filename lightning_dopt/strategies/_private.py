@@ -1,7 +1,7 @@
 """The few private names of Lightning and torch that have no public counterpart, each with its reason, in one place.
 
 Checked with Lightning 2.4 to 2.6 and torch 2.4 to 2.14. Each degrades to a safe default if the name disappears; a test
-fails then, so that it is noticed.
+fails then, so that it is noticed. What resuming needs of Lightning's loops is in ``_private_loops``.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_dopt.strategies import _private_loops as loops
 from lightning_dopt.strategies.resumable_loader import (
     LoaderPass,
     ResumableLoader,
@@ -21,7 +21,6 @@ from lightning_dopt.strategies.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 
 class ExactResume:
@@ -129,24 +128,22 @@ class ExactResume:
 
     def _start(self, loader: SeededLoader) -> Start:
         assert self._trainer is not None
-        loop: Any = self._trainer.fit_loop
-        assert loop._combined_loader is not None
-        places = [i for i, other in enumerate(loop._combined_loader.flattened) if other is loader]
+        loaders = loops.training_loaders(self._trainer)
+        assert loaders is not None
+        places = [i for i, other in enumerate(loaders) if other is loader]
         if not places:
             return _unnoticed(loader)  # Lightning may set up validation while its stage still is training
-        place, epoch = places[0], loop.epoch_progress.current.processed
+        place, epoch = places[0], _coming_epoch(self._trainer)
         if epoch != self._epoch:
             self._epoch, self._starts = epoch, {}
         if place not in self._starts:
             self._starts[place] = torch.get_rng_state()
             draw()  # one number per loader and epoch, as an ordinary DataLoader takes
-        _set_sampler_epoch(loader, epoch)  # on resume Lightning does so only after the first fetch
+        loops.set_sampler_epoch(loader, epoch)
         return epoch, self._starts[place]
 
     def _restore_loading(self, trainer: Trainer, state: dict[str, Any]) -> None:
-        loop: Any = trainer.fit_loop
-        fetcher, combined = loop._data_fetcher, loop._combined_loader
-        same_epoch = state["epoch"] == loop.epoch_progress.current.processed
+        same_epoch = state["epoch"] == _coming_epoch(trainer)
         again = same_epoch and not state["ended"]
         self._epoch, self._starts = (state["epoch"], dict(state["starts"])) if same_epoch else (None, {})
         loaders = _stateful(trainer)
@@ -160,11 +157,11 @@ class ExactResume:
                 loader.load_state_dict(saved, again)
             elif again:  # Lightning misses this if configure_optimizers asked for the number of batches
                 loader.load_state_dict(saved)
-        iter(combined)
+        loops.begin_pass(trainer)
         if again:
-            _repeat(combined, state["batches"])
-        if getattr(fetcher, "batches", None):  # loaders of unknown length are fetched one batch ahead
-            fetcher.batches = [next(combined)]
+            _repeat(trainer, state["batches"])
+        if loops.ahead(trainer):  # loaders of unknown length are fetched one batch ahead
+            loops.replace_ahead(trainer, [loops.next_batch(trainer)])
         if same_epoch:
             set_rng_state(state["rng"])  # stateful loaders may draw when they begin; in a new epoch they should
 
@@ -181,23 +178,20 @@ def ordinary(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {**checkpoint, "loops": {**checkpoint["loops"], "fit_loop": {**fit, "state_dict": kept}}}
 
 
-def _repeat(combined: CombinedLoader, batches: int) -> None:
+def _repeat(trainer: Trainer, batches: int) -> None:
     """Fetch and drop ``batches`` combined batches from the loaders that do not keep their position themselves."""
-    mode = combined._iterator
-    assert mode is not None
-    passes = list(mode.iterators)
-    mode.iterators = [one if isinstance(one, LoaderPass) else repeat(None) for one in passes]
+    passes = loops.passes(trainer)
+    loops.set_passes(trainer, [one if isinstance(one, LoaderPass) else repeat(None) for one in passes])
     for done in range(batches):
         try:
-            next(mode)
+            loops.next_of_passes(trainer)
         except StopIteration:
             raise RuntimeError(
                 f"the training data ended after {done} batches, but the checkpoint was saved after {batches} of its epoch:"
                 " resume with the same data, batch size and number of processes"
             ) from None
-    mode.iterators = [
-        new if isinstance(new, LoaderPass) else old for new, old in zip(mode.iterators, passes, strict=True)
-    ]
+    repeated = zip(loops.passes(trainer), passes, strict=True)
+    loops.set_passes(trainer, [new if isinstance(new, LoaderPass) else old for new, old in repeated])
 
 
 def _last_epoch(trainer: Trainer) -> int | None:
@@ -206,42 +200,42 @@ def _last_epoch(trainer: Trainer) -> int | None:
     return begun - 1 if begun else None
 
 
+def _coming_epoch(trainer: Trainer) -> int:
+    """The epoch, counted from 0, that is in work or comes next."""
+    return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+
+
 def _used(trainer: Trainer) -> int:
     """The epoch's combined batches that training has finished with: those fetched, less any ahead or in work."""
-    loop = trainer.fit_loop
-    if loop._combined_loader is None or loop._combined_loader._iterator is None:
-        return 0
-    ahead = len(getattr(loop._data_fetcher, "batches", ()))
-    return loop._combined_loader._iterator._idx - ahead - _in_work(trainer)
+    fetched = loops.fetched(trainer)
+    return fetched - loops.ahead(trainer) - _in_work(trainer) if fetched is not None else 0
 
 
 def _in_work(trainer: Trainer) -> int:
-    if not hasattr(trainer.fit_loop._data_fetcher, "batches"):
-        return 0  # training_step(dataloader_iter) fetches itself: Lightning begins a batch before there is one
+    if loops.step_fetches(trainer):
+        return 0
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return int(progress.ready - progress.processed)
 
 
 def _ended(trainer: Trainer) -> bool:
     """Whether training has finished with all batches of the epoch, or all it wants."""
-    fetcher, progress = trainer.fit_loop._data_fetcher, trainer.fit_loop.epoch_loop.batch_progress
+    progress = trainer.fit_loop.epoch_loop.batch_progress
     counts: Any = progress.current
     skipped = counts.started < counts.processed  # on_train_batch_start returned -1
-    return ((fetcher is not None and fetcher.done) or progress.is_last_batch or skipped) and not _in_work(trainer)
+    return (loops.exhausted(trainer) or progress.is_last_batch or skipped) and not _in_work(trainer)
 
 
 def _stateful(trainer: Trainer) -> list[Any]:
-    combined = trainer.fit_loop._combined_loader
-    return [] if combined is None else [loader for loader in combined.flattened if is_stateful(loader)]
+    return [loader for loader in loops.training_loaders(trainer) or () if is_stateful(loader)]
 
 
 def _open_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Gradients the next batch adds to; with manual optimization all there are, as only the user knows."""
-    module, loop = trainer.lightning_module, trainer.fit_loop
-    if module.automatic_optimization and not loop.epoch_loop._should_accumulate():
+    module = trainer.lightning_module
+    if module.automatic_optimization and not loops.accumulates(trainer):
         return {}
-    by_hand, fetcher = not module.automatic_optimization, loop._data_fetcher
-    if by_hand and trainer.training and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher):
+    if not module.automatic_optimization and trainer.training and loops.validates_next(trainer):
         return {}  # Lightning clears them for the validation that follows, which a resumed run does without
     return {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
 
@@ -250,10 +244,10 @@ def _unnoticed(loader: SeededLoader) -> Start:
     return object(), torch.get_rng_state()
 
 
-def _settle_counters(loops: dict[str, Any], state: dict[str, Any]) -> None:
+def _settle_counters(saved: dict[str, Any], state: dict[str, Any]) -> None:
     """Count a batch in work as not begun, a skipped one as done, and an epoch that was cut short as not finished."""
-    epochs = loops["epoch_progress"]
-    current, total = (loops["epoch_loop.batch_progress"][name] for name in ("current", "total"))
+    epochs = saved["epoch_progress"]
+    current, total = (saved["epoch_loop.batch_progress"][name] for name in ("current", "total"))
     if current["processed"] < current["ready"]:
         total["ready"] -= current["ready"] - current["completed"]
         current["ready"] = current["started"] = current["processed"] = current["completed"]
@@ -266,33 +260,30 @@ def _settle_counters(loops: dict[str, Any], state: dict[str, Any]) -> None:
 
 def _settle_loops(trainer: Trainer, state: dict[str, Any]) -> None:
     """Make the loops go on where the checkpoint was taken, in the cases where Lightning's own bookkeeping does not."""
-    loop: Any = trainer.fit_loop
-    batches = loop.epoch_loop.batch_progress
-    staged = hasattr(loop, "_restart_stage")  # before 2.5 Lightning does part of a finished batch or epoch again
+    staged = loops.has_stages(trainer)
     if state["epoch"] is None:
         return
-    if state["ended"] and (not staged or loop.epoch_progress.current.processed > state["epoch"]):
-        _settle_before_epoch(loop, state["epoch"] + 1)
+    if state["ended"] and (not staged or _coming_epoch(trainer) > state["epoch"]):
+        _settle_before_epoch(trainer, state["epoch"] + 1)
     elif not staged:
-        loop._restarting = False  # or it steps the schedulers of the epoch twice
-        loop.epoch_progress.total.reset_on_restart()
+        loops.forget_restart_of_epochs(trainer)
+        trainer.fit_loop.epoch_progress.total.reset_on_restart()
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress
         for counts in (batches.current, batches.total):
             counts.completed = counts.processed
 
 
-def _settle_before_epoch(loop: Any, epoch: int) -> None:
+def _settle_before_epoch(trainer: Trainer, epoch: int) -> None:
     """Between two epochs, with nothing to be restarted; ``epoch``, counted from 0, comes next.
 
     With ``max_steps`` Lightning would take the finished epoch for an unfinished one, and after a checkpoint of its last
     ``on_train_batch_end`` would count one epoch less as begun than as finished, which confuses the next resume.
     """
-    loop._restarting = loop.epoch_loop.restarting = False
-    if hasattr(loop, "reset_restart_stage"):
-        loop.reset_restart_stage()
-        loop.epoch_loop.reset_restart_stage()
-    for epochs in (loop.epoch_progress.current, loop.epoch_progress.total):
+    loops.forget_restart(trainer)
+    progress: Any = trainer.fit_loop.epoch_progress
+    for epochs in (progress.current, progress.total):
         epochs.ready = epochs.started = epochs.processed = epochs.completed = epoch
-    batches = loop.epoch_loop.batch_progress
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress
     if batches.total.completed < batches.total.processed:
         batches.total.completed = batches.total.processed
-        loop.epoch_loop._batches_that_stepped += 1
+        loops.count_one_more_step(trainer)
