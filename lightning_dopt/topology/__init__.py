@@ -4,6 +4,7 @@ from lightning_dopt.topology.base import Topology
 from lightning_dopt.topology.custom import ErdosRenyi, FromAdjacency, FromMatrix
 from lightning_dopt.topology.dynamic import OnePeerHypercube, RandomPairs, RoundRobin
 from lightning_dopt.topology.exponential import DirectedRing, Exponential, OnePeerExponential
+from lightning_dopt.topology.node_weights import NodeRule, NodeWeighted, WeightedMean
 from lightning_dopt.topology.plot import draw
 from lightning_dopt.topology.registry import by_name, names
 from lightning_dopt.topology.spectrum import (
@@ -18,6 +19,7 @@ from lightning_dopt.topology.spectrum import (
     summary,
 )
 from lightning_dopt.topology.static import Chain, Complete, Grid, Hypercube, Ring, Star, Torus
+from lightning_dopt.topology.weighted_space import WeightedReport, weighted_report
 from lightning_dopt.topology.weights import Lazy, UndirectedGraph, WeightRule
 
 __all__ = [  # noqa: RUF022  (grouped as they are read: contract, graphs, wrappers, tools)
@@ -41,6 +43,9 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: contract, graphs, wrappe
     "FromAdjacency",
     "FromMatrix",
     "Lazy",
+    "NodeWeighted",
+    "NodeRule",
+    "WeightedMean",
     "by_name",
     "names",
     "consensus_rate",
@@ -49,6 +54,8 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: contract, graphs, wrappe
     "check_matrix",
     "product",
     "summary",
+    "weighted_report",
+    "WeightedReport",
     "MatrixCheck",
     "Product",
     "TopologySummary",
