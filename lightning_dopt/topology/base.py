@@ -74,6 +74,14 @@ class Topology(Part, ABC):
         """Whether the matrix of every round equals its transpose."""
         return not self.directed
 
+    def reversible(self, n: int) -> bool:
+        """Whether every round satisfies detailed balance, ``lambda_i W[i, j] = lambda_j W[j, i]`` with the stationary weights.
+
+        Then the matrix is self-adjoint in the inner product weighted by ``lambda`` and its eigenvalues are real. Symmetric
+        matrices are reversible with equal weights.
+        """
+        return self.symmetric(n)
+
     def stationary(self, n: int) -> list[float]:
         """The weights ``lambda`` of the mean ``sum_i lambda_i x_i`` that repeated rounds lead to (they sum to one).
 
