@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ from lightning_dopt.comm import Link
 from lightning_dopt.forecast import square_layers
 from lightning_dopt.plan import Plan
 from lightning_dopt.strategies import NAMES
+from lightning_dopt.topology import NodeRule, Topology
 
 HELP = """usage: dopt COMMAND ...
 
@@ -30,6 +32,7 @@ HELP = """usage: dopt COMMAND ...
   dopt describe METHOD [--OPTION VALUE ...]                  options, plan, bytes and memory
   dopt simulate METHOD -n N --mbit 20 --ms 25 [...]          bytes and time beside an all-reduce in every step
   dopt topology NAME -n N [--plot FILE.png|svg]              degree, spectral gap, rounds to the exact mean
+  dopt topology NAME -n N --lambda WEIGHTS                   weighted losses or weighted mixing on that graph?
 
 `dopt COMMAND --help` explains the options of a command."""
 
@@ -130,10 +133,56 @@ def topology_command(arguments: Sequence[str]) -> str:
     parser.add_class_arguments(cls, "graph")
     parser.add_argument("-n", type=int, required=True, help="number of workers")
     parser.add_argument("--plot", type=str, help="also draw it into this file (.png or .svg)")
+    parser.add_argument("--lambda", type=str, help=f"also compare strategies for weighted ranks: {_LAMBDA}")
+    parser.add_argument(
+        "--lambda-rule",
+        type=NodeRule,
+        default="metropolis",
+        help="how weighted mixing weighs links (NodeWeighted's rule)",
+    )
     given = parser.parse_args(_prefixed(cls, "graph", rest))
     made = parser.make(given).graph
     text = show.topology_text(made, given.n)
+    if given["lambda"] is not None:
+        text += f"\n\n{_weighted(made, given.n, given['lambda'], given.lambda_rule)}"
     return text if given.plot is None else f"{text}\n  drawn in             {topology.draw(made, given.n, given.plot)}"
+
+
+_LAMBDA = "'uniform', 'degree' (as many as it has neighbours), or one number per rank, 'a,b,...' or in a file"
+
+
+def _weighted(graph: Topology, n: int, spec: str, rule: NodeRule) -> str:
+    """The report on weighted ranks; whatever is wrong with it, it is ``--lambda`` that asked for it."""
+    try:
+        return show.weighted_text(topology.weighted_report(graph, n, _weights(graph, n, spec), rule))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise BadInputError(f"--lambda={spec}: {_line(str(error))}") from error
+
+
+def _weights(graph: Topology, n: int, spec: str) -> list[float]:
+    """The weights that ``--lambda`` describes: counts if all are whole numbers, shares of one otherwise.
+
+    Raises:
+        ValueError: it describes none.
+    """
+    if spec == "uniform":
+        return [1.0] * n
+    if spec == "degree":
+        return [float(max(1, len(graph.neighbors(n, rank)))) for rank in range(n)]
+    text = Path(spec).read_text() if Path(spec).is_file() else spec
+    try:
+        numbers = [float(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"must be {_LAMBDA}; this is no list of numbers and no file") from None
+    if len(numbers) != n:
+        raise ValueError(f"has {len(numbers)} numbers for {n} workers; give one for every rank")
+    if not all(0 < number < math.inf for number in numbers):
+        raise ValueError("all numbers must be positive and finite")
+    if abs(math.fsum(numbers) - 1) > 1e-6 and not all(number.is_integer() for number in numbers):
+        raise ValueError(
+            f"sum to {math.fsum(numbers):g}; shares must sum to 1, and only whole numbers (counts) need not"
+        )
+    return numbers
 
 
 def _name(command: str, arguments: Sequence[str], known: list[str]) -> tuple[str, list[str]]:

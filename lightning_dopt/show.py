@@ -154,6 +154,30 @@ def topology_text(graph: Topology, n: int) -> str:
     return "\n".join([f"{graph!r}, {n} workers: {title(type(graph))}", *(f"  {k:<21}{v}" for k, v in rows)])
 
 
+def weighted_text(report: topology.WeightedReport) -> str:
+    """What is known about ranks of unequal weight on one graph: weighted losses (I) beside weighted mixing (II)."""
+    lam, penalties, bounds = report.weights, report.penalties, report.bounds
+    span = f"{min(lam):.4g} to {max(lam):.4g} times the mean, sqrt(max / min) = {report.kappa:.4g}"
+    step = f"factor {report.plain_step:.4g} in one round at worst"
+    rows = [
+        ("weights", span, ""),
+        ("degree match", f"{report.degree_match:.4g} (1 if degrees are proportional to weights)", ""),
+        ("", "I: weighted losses", "II: weighted mixing"),
+        ("matrix", "Metropolis-Hastings", f"row stochastic, '{report.rule}'"),
+        ("own rate per round", f"{report.plain_rate:.6g}", f"{report.weighted_rate:.6g}"),
+        ("smallest eigenvalue", f"{round(report.plain_lambda_min, 9) + 0.0:.4g}", f"{report.weighted_lambda_min:.4g}"),
+        ("weighted distance", step, f"factor {report.weighted_rate:.4g}"),
+        ("  over 50 rounds", f"up to {report.plain_prefactor:.4g} times the rate's power", "exactly the rate's power"),
+        ("bound: geometry", f"{penalties.geometry:.4g}", "1"),
+        ("bound: injection", f"{penalties.injection:.4g}", "1"),
+        ("largest local step", f"{penalties.step:.4g} lr", "1 lr"),
+        ("gap at least", "", f"{report.gap_bound:.4g} (from I's matrix)"),
+        ("Theorem 7.1", f"{bounds.left:.4g} {'>=' if bounds.holds else '<'} {bounds.right:.4g}", "II better if >="),
+    ]
+    lines = [f"  {a:<21}{b:<42}{c}".rstrip() for a, b, c in rows]
+    return "\n".join(["weighted ranks", *lines, "", report.recommendation])
+
+
 def simulation(
     name: str, plan: Plan, shapes: Shapes, buffers: int, n: int, steps: int, link: Link, step_seconds: float
 ) -> str:
