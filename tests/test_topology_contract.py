@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+from types import ModuleType
 
 import pytest
 import torch
 
+import lightning_dopt.topology as topology_package
 from lightning_dopt.topology import (
     Chain,
     Complete,
@@ -16,26 +19,30 @@ from lightning_dopt.topology import (
     FromAdjacency,
     FromMatrix,
     Grid,
+    Hierarchical,
     Hypercube,
     Lazy,
+    NodeWeighted,
     OnePeerExponential,
     OnePeerHypercube,
     RandomPairs,
+    RandomRegular,
     Ring,
     RoundRobin,
+    SmallWorld,
     Star,
+    SymmetricExponential,
     Topology,
     Torus,
+    Tree,
+    WeightedMean,
     by_name,
     check_matrix,
-    custom,
-    dynamic,
     names,
     product,
 )
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16)
-POWERS_ONLY = (Hypercube, OnePeerHypercube)
 OWN_LINKS = [[1, 2], [0, 2], [0, 1, 3], [2, 4], [3]]
 OWN_ENTRIES = [[0.5, 0.0, 0.5, 0.0], [0.25, 0.75, 0.0, 0.0], [0.0, 0.1, 0.2, 0.7], [1 / 3, 0.0, 0.0, 2 / 3]]
 TOPOLOGIES: list[Topology] = [
@@ -47,6 +54,16 @@ TOPOLOGIES: list[Topology] = [
     Grid(rows=1, weights="lazy"),
     Torus(rows=1),
     Star(weights="max_degree"),
+    Torus(dims=3),
+    Torus(dims=[2, 4, 1]),
+    Tree(branching=3, weights="lazy"),
+    SymmetricExponential(base=3),
+    RandomRegular(k=4, seed=2),
+    RandomRegular(k=1),
+    SmallWorld(hops=1, p=0.5, seed=4, weights="max_degree"),
+    Hierarchical(2, Ring()),
+    Hierarchical(4, OnePeerExponential()),
+    Hierarchical(1, RandomPairs()),
     ErdosRenyi(p=0.7, seed=3, weights="max_degree"),
     RandomPairs(seed=11),
     FromAdjacency(OWN_LINKS),
@@ -55,6 +72,8 @@ TOPOLOGIES: list[Topology] = [
     Lazy(OnePeerExponential()),
     Lazy(RandomPairs()),
     Lazy(FromMatrix(OWN_ENTRIES)),
+    NodeWeighted(Ring(), [0.1, 0.2, 0.3, 0.4]),
+    WeightedMean([0.1, 0.2, 0.3, 0.4]),
 ]
 
 
@@ -74,20 +93,43 @@ def sizes(topology: Topology) -> list[int]:
     return [n for n in SIZES if exists(topology, n)]
 
 
+def forget_draws() -> None:
+    """Clear every cache of every module, as in a fresh process."""
+    for module in vars(topology_package).values():
+        if isinstance(module, ModuleType):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
 for_every_topology = pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda t: repr(t)[:40])
 
 
-def test_the_sizes_that_do_not_exist_are_the_expected_ones() -> None:
-    for topology in TOPOLOGIES:
-        inner = topology.topology if isinstance(topology, Lazy) else topology
-        if isinstance(inner, POWERS_ONLY):
-            assert sizes(topology) == [1, 2, 4, 8, 16]
-        elif isinstance(inner, FromAdjacency):
-            assert sizes(topology) == [5]
-        elif isinstance(inner, FromMatrix):
-            assert sizes(topology) == [4]
-        else:
-            assert sizes(topology) == list(SIZES)
+def expected_sizes(topology: Topology) -> list[int]:
+    """Where each topology has to exist, written down a second time."""
+    inner = topology
+    while isinstance(inner, Lazy):
+        inner = inner.topology
+    some = {
+        Hypercube: [1, 2, 4, 8, 16],
+        OnePeerHypercube: [1, 2, 4, 8, 16],
+        FromAdjacency: [5],
+        FromMatrix: [4],
+        NodeWeighted: [4],
+        WeightedMean: [4],
+    }
+    if isinstance(inner, RandomRegular):
+        return [2] if inner.k == 1 else [n for n in SIZES if n > inner.k and n * inner.k % 2 == 0]
+    if isinstance(inner, Hierarchical):
+        return [n for n in SIZES if n % inner.local == 0]
+    if isinstance(inner, Torus) and isinstance(inner.dims, list):
+        return [math.prod(inner.dims)]
+    return some.get(type(inner), list(SIZES))
+
+
+@for_every_topology
+def test_the_sizes_that_exist_are_the_expected_ones(topology: Topology) -> None:
+    assert sizes(topology) == expected_sizes(topology) != []
 
 
 @for_every_topology
@@ -183,8 +225,7 @@ def test_a_period_shrinks_every_disagreement(topology: Topology) -> None:
 def test_every_rank_computes_the_same_round(topology: Topology) -> None:
     for n in sizes(topology):
         here = [topology.row(n, rank, 7) for rank in range(n)]
-        dynamic._random_matching.cache_clear()
-        custom._connected_draw.cache_clear()
+        forget_draws()
         torch.manual_seed(5)
         other = pickle.loads(pickle.dumps(topology))
         assert [other.row(n, rank, 7) for rank in reversed(range(n))] == here[::-1]
@@ -192,9 +233,7 @@ def test_every_rank_computes_the_same_round(topology: Topology) -> None:
 
 @for_every_topology
 def test_printed_form_makes_an_equal_topology(topology: Topology) -> None:
-    import lightning_dopt.topology as module
-
-    again = eval(repr(topology), vars(module))
+    again = eval(repr(topology), vars(topology_package))
     assert again == topology
     assert hash(again) == hash(topology)
     assert pickle.loads(pickle.dumps(topology)) == topology

@@ -1,11 +1,14 @@
 """Who hears whom, and with which weight: communication graphs, their matrices, spectra and pictures."""
 
 from lightning_dopt.topology.base import Topology
-from lightning_dopt.topology.custom import ErdosRenyi, FromAdjacency, FromMatrix
+from lightning_dopt.topology.custom import FromAdjacency, FromMatrix
 from lightning_dopt.topology.dynamic import OnePeerHypercube, RandomPairs, RoundRobin
 from lightning_dopt.topology.exponential import DirectedRing, Exponential, OnePeerExponential
+from lightning_dopt.topology.hierarchical import Hierarchical
+from lightning_dopt.topology.lattice import Grid, Torus
 from lightning_dopt.topology.node_weights import NodeRule, NodeWeighted, WeightedMean
 from lightning_dopt.topology.plot import draw
+from lightning_dopt.topology.random_graphs import ErdosRenyi, RandomRegular, SmallWorld
 from lightning_dopt.topology.registry import by_name, names
 from lightning_dopt.topology.spectrum import (
     MatrixCheck,
@@ -18,7 +21,7 @@ from lightning_dopt.topology.spectrum import (
     spectral_gap,
     summary,
 )
-from lightning_dopt.topology.static import Chain, Complete, Grid, Hypercube, Ring, Star, Torus
+from lightning_dopt.topology.static import Chain, Complete, Hypercube, Ring, Star, SymmetricExponential, Tree
 from lightning_dopt.topology.weighted_space import WeightedReport, weighted_report
 from lightning_dopt.topology.weights import Lazy, UndirectedGraph, WeightRule
 
@@ -32,10 +35,15 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: contract, graphs, wrappe
     "Chain",
     "Grid",
     "Torus",
+    "Tree",
     "Star",
     "Hypercube",
     "Exponential",
+    "SymmetricExponential",
     "ErdosRenyi",
+    "RandomRegular",
+    "SmallWorld",
+    "Hierarchical",
     "OnePeerExponential",
     "OnePeerHypercube",
     "RandomPairs",

@@ -1,8 +1,12 @@
-"""Plain graph helpers: connectivity and a counter-based random source that is equal on every rank."""
+"""Plain graph helpers: connectivity, shapes, and a counter-based random source that is equal on every rank."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -32,6 +36,40 @@ def is_power_of_two(n: int) -> bool:
 def log2_ceil(n: int) -> int:
     """``ceil(log2(n))`` for ``n >= 1``, without rounding errors."""
     return (n - 1).bit_length()
+
+
+def uniform(below: int, *key: int) -> int:
+    """A pseudo-random integer in ``0..below-1`` that depends on ``key`` alone (bias below ``below / 2**64``)."""
+    return random_bits(*key) * below >> 64
+
+
+def box(n: int, dims: int) -> tuple[int, ...]:
+    """The sides of a box of ``n`` places in ``dims`` dimensions, as equal as divisors taken one by one allow, ascending.
+
+    The first side is the largest divisor of ``n`` that is at most ``n ** (1 / dims)``, and so on with the rest.
+    """
+    if dims == 1:
+        return (n,)
+    top = math.isqrt(n)
+    while top**dims > n:
+        top -= 1
+    side = next(r for r in range(top, 0, -1) if n % r == 0)
+    return (side, *box(n // side, dims - 1))
+
+
+def stationary_weights(w: Tensor) -> list[float]:
+    """The left eigenvector of eigenvalue one of ``w``, rows summing to one: ``lambda W = lambda``, ``sum(lambda) = 1``.
+
+    Unique if every rank can be reached from every other.
+    """
+    n = len(w)
+    # (W' - I) lambda = 0 has one redundant equation; the last gives way to sum(lambda) = 1
+    system = w.T - torch.eye(n, dtype=torch.float64)
+    system[-1] = 1.0
+    right = torch.zeros(n, dtype=torch.float64)
+    right[-1] = 1.0
+    found: list[float] = torch.linalg.lstsq(system, right, driver="gelsd").solution.tolist()
+    return found
 
 
 def strongly_connected(links: Sequence[Sequence[int]]) -> bool:

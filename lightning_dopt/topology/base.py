@@ -70,6 +70,10 @@ class Topology(Part, ABC):
         """Whether every round gives every rank the plain mean of all workers (so an all-reduce can do it)."""
         return n == 1
 
+    def is_tree(self, n: int) -> bool:
+        """Whether the graph is the same undirected tree in every round, as methods that relay sums need it."""
+        return n == 1
+
     def symmetric(self, n: int) -> bool:
         """Whether the matrix of every round equals its transpose."""
         return not self.directed

@@ -1,69 +1,15 @@
-"""Graphs that are drawn or given: Erdos-Renyi graphs, own adjacency lists, own mixing matrices."""
+"""Graphs that are given: own adjacency lists, own mixing matrices."""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
-import torch
-
-from lightning_dopt._checks import check_float, check_int
-from lightning_dopt.topology._graph import random_bits, strongly_connected
+from lightning_dopt._checks import check_int
+from lightning_dopt.topology._graph import stationary_weights, strongly_connected
 from lightning_dopt.topology.base import Topology
 from lightning_dopt.topology.weights import UndirectedGraph, WeightRule
 
-_DRAWS = 200
 _TOLERANCE = 1e-6
-_Links = tuple[tuple[int, ...], ...]
-
-
-class ErdosRenyi(UndirectedGraph):
-    """A connected random graph, fixed for the whole run: every pair is linked with probability ``p``.
-
-    The draw depends on ``seed`` and the number of workers alone, so all ranks hold the same graph; it is repeated until
-    the graph is connected.
-
-    Args:
-        p: probability of a link, in (0, 1]; by default ``min(1, 2 ln(n) / n)``, twice the threshold from which on large
-            graphs are almost surely connected (Erdos and Renyi, 1959).
-        seed: selects the graph, at least 0.
-        weights: see :class:`~lightning_dopt.topology.UndirectedGraph`.
-
-    Raises:
-        ValueError: an argument outside its range; from ``check``, no connected graph in 200 draws (``p`` is too small).
-    """
-
-    def __init__(self, p: float | None = None, seed: int = 0, weights: WeightRule = "metropolis") -> None:
-        super().__init__(weights)
-        self.p = None if p is None else check_float("ErdosRenyi", "p", p, 0.0, 1.0, open_low=True)
-        self.seed = check_int("ErdosRenyi", "seed", seed, 0)
-
-    def check(self, n: int) -> None:
-        """Raise ``ValueError`` if no connected graph is found for ``n`` workers."""
-        super().check(n)
-        self._links(n)
-
-    def adjacent(self, n: int, rank: int) -> list[int]:
-        """The ranks linked to ``rank`` in the drawn graph."""
-        return list(self._links(n)[rank])
-
-    def _links(self, n: int) -> _Links:
-        p = min(1.0, 2 * math.log(n) / n) if self.p is None else self.p
-        return _connected_draw(p, self.seed, n)
-
-
-@lru_cache(maxsize=64)
-def _connected_draw(p: float, seed: int, n: int) -> _Links:
-    for attempt in range(_DRAWS):
-        links: list[list[int]] = [[] for _ in range(n)]
-        for i in range(n):
-            for j in range(i + 1, n):
-                if random_bits(seed, attempt, i, j) < p * 2.0**64:
-                    links[i].append(j)
-                    links[j].append(i)
-        if strongly_connected(links):
-            return tuple(tuple(sorted(row)) for row in links)
-    raise ValueError(f"ErdosRenyi(p={p:g}): no connected graph of {n} workers in {_DRAWS} draws; use a larger p")
 
 
 class FromAdjacency(UndirectedGraph):
@@ -178,13 +124,7 @@ class FromMatrix(Topology):
         """The left eigenvector of eigenvalue one, ``lambda W = lambda``, summing to one (unique and positive here)."""
         if self.doubly_stochastic(n):
             return [1.0 / n] * n
-        # (W' - I) lambda = 0 has one redundant equation; the last gives way to sum(lambda) = 1
-        system = self.matrix(n).T - torch.eye(n, dtype=torch.float64)
-        system[-1] = 1.0
-        right = torch.zeros(n, dtype=torch.float64)
-        right[-1] = 1.0
-        found: list[float] = torch.linalg.solve(system, right).tolist()
-        return found
+        return stationary_weights(self.matrix(n))
 
 
 def _check_size(owner: str, size: int, n: int) -> None:

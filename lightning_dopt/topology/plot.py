@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_dopt.topology.base import Topology
-from lightning_dopt.topology.static import Grid, Star
+from lightning_dopt.topology.lattice import Grid
+from lightning_dopt.topology.static import Star
 from lightning_dopt.topology.weights import Lazy
 
 if TYPE_CHECKING:

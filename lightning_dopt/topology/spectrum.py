@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_dopt.topology._graph import strongly_connected
+from lightning_dopt.topology._graph import stationary_weights, strongly_connected
 from lightning_dopt.topology.base import Topology
 
 _EXACT = 1e-12
@@ -106,7 +106,13 @@ class TopologySummary:
     """Whether every round's matrix is symmetric."""
 
     doubly_stochastic: bool
-    """Whether every round keeps the plain mean."""
+    """Whether every round keeps agreement and the plain mean."""
+
+    row_stochastic: bool
+    """Whether every round keeps agreement; if not, only push-sum can use the topology."""
+
+    column_stochastic: bool
+    """Whether every round keeps the plain sum over all ranks."""
 
     is_mean: bool
     """Whether every round is the exact mean."""
@@ -118,7 +124,10 @@ class TopologySummary:
     """Whether ``rounds`` rounds give the exact mean."""
 
     rate: float
-    """Factor by which ``rounds`` rounds shrink the distance to agreement, in the worst case; 0 if ``exact``."""
+    """Factor by which ``rounds`` rounds shrink the distance to agreement, in the worst case; 0 if ``exact``.
+
+    If only columns sum to one, the distance is that of the push-sum ratios.
+    """
 
     rate_per_round: float
     """``rate ** (1 / rounds)``."""
@@ -220,8 +229,7 @@ def summary(topology: Topology, n: int) -> TopologySummary:
     """
     total = product(topology, n)
     steps, ranks = range(total.rounds), range(n)
-    doubly = topology.doubly_stochastic(n)
-    rate = 0.0 if total.exact else consensus_rate(total.matrix, None if doubly else topology.stationary(n))
+    rate = 0.0 if total.exact else _rate(topology, n, total.matrix)
     heard = [[topology.neighbors(n, i, step) for i in ranks] for step in steps]
     union = [sorted({j for lists in heard for j in lists[i]}) for i in ranks]
     return TopologySummary(
@@ -233,7 +241,9 @@ def summary(topology: Topology, n: int) -> TopologySummary:
         messages=sum(len(row) for lists in heard for row in lists) / (n * total.rounds),
         directed=topology.directed,
         symmetric=topology.symmetric(n),
-        doubly_stochastic=doubly,
+        doubly_stochastic=topology.doubly_stochastic(n),
+        row_stochastic=topology.row_stochastic(n),
+        column_stochastic=topology.column_stochastic(n),
         is_mean=topology.is_mean(n),
         connected=strongly_connected(union),
         exact=total.exact,
@@ -241,6 +251,20 @@ def summary(topology: Topology, n: int) -> TopologySummary:
         rate_per_round=rate ** (1.0 / total.rounds),
         lambda_min=min(lambda_min(topology.matrix(n, step)) for step in steps),
     )
+
+
+def _rate(topology: Topology, n: int, w: Tensor) -> float:
+    """The factor on the distance to agreement of several rounds in one matrix, whatever its rows and columns sum to."""
+    if topology.doubly_stochastic(n):
+        return consensus_rate(w)
+    if not topology.row_stochastic(n):
+        # push-sum: u = w u, v = w v, and u / v moves as the transpose does, whose stationary weights are those of v
+        limit = stationary_weights(w.T)
+        return consensus_rate(w.T, limit) if min(limit) > 0 else 1.0
+    weights = torch.tensor(topology.stationary(n), dtype=torch.float64)
+    if float((weights @ w - weights).abs().max()) <= 1e-6:
+        return consensus_rate(w, weights.tolist())
+    return float(torch.linalg.matrix_norm(w - w.mean(0), 2))  # kept in expectation only: what is left of disagreement
 
 
 def _square(owner: str, W: Tensor) -> Tensor:

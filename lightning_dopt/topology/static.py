@@ -1,8 +1,6 @@
-"""Undirected graphs that stay the same: ring, chain, grid, torus, star, complete graph, hypercube."""
+"""Undirected graphs that stay the same: ring, chain, tree, star, complete graph, hypercube, symmetric exponential."""
 
 from __future__ import annotations
-
-import math
 
 from lightning_dopt._checks import check_int
 from lightning_dopt.topology._graph import is_power_of_two, log2_ceil
@@ -60,80 +58,32 @@ class Chain(UndirectedGraph):
         return min(2, n - 1)
 
 
-class _Lattice(UndirectedGraph):
-    """Ranks row by row on a rectangle of ``rows`` times ``n / rows``."""
+class Tree(UndirectedGraph):
+    """Ranks in a tree with rank 0 as root, numbered level by level: the parent of ``i`` is ``(i - 1) // branching``.
 
-    def __init__(self, rows: int | None = None, weights: WeightRule = "metropolis") -> None:
+    For methods that need a tree (RelaySum passes partial sums along its links) as well as for gossip with the weights
+    of the rule. Any two ranks are at most ``2 log_branching(n)`` links apart.
+
+    Args:
+        branching: children of a rank, at least 1; 2 is a binary heap, 1 a :class:`Chain`.
+        weights: see :class:`~lightning_dopt.topology.UndirectedGraph`.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(self, branching: int = 2, weights: WeightRule = "metropolis") -> None:
         super().__init__(weights)
-        self.rows = None if rows is None else check_int(type(self).__name__, "rows", rows, 1)
-
-    def check(self, n: int) -> None:
-        """Raise ``ValueError`` if ``n`` workers do not fill whole rows."""
-        super().check(n)
-        if self.rows is not None and n % self.rows:
-            raise ValueError(f"{self!r}: {n} workers do not fill {self.rows} equal rows; rows must divide {n}")
-
-    def shape(self, n: int) -> tuple[int, int]:
-        """Rows and columns: ``rows`` as given, otherwise the largest divisor of ``n`` that is at most ``sqrt(n)``."""
-        rows = self.rows or next(r for r in range(math.isqrt(n), 0, -1) if n % r == 0)
-        return rows, n // rows
-
-
-class Grid(_Lattice):
-    """Ranks on a rectangle, row by row, linked to the rank above, below, left and right; borders have fewer links.
-
-    A prime ``n`` has no rectangle but one row, which is a :class:`Chain`.
-
-    Args:
-        rows: rows of the rectangle, a divisor of the number of workers; by default the largest divisor that is at most
-            the square root (2 x 4 for 8 workers, 4 x 4 for 16).
-        weights: see :class:`~lightning_dopt.topology.UndirectedGraph`.
-
-    Raises:
-        ValueError: an argument outside its range; from ``check``, a number of workers that ``rows`` does not divide.
-    """
+        self.branching = check_int("Tree", "branching", branching, 1)
 
     def adjacent(self, n: int, rank: int) -> list[int]:
-        """Above, left, right and below where they exist."""
-        rows, cols = self.shape(n)
-        a, b = divmod(rank, cols)
-        found = [rank - cols] * (a > 0) + [rank - 1] * (b > 0)
-        return found + [rank + 1] * (b < cols - 1) + [rank + cols] * (a < rows - 1)
+        """Parent and children, as far as they exist."""
+        first = self.branching * rank + 1
+        return [(rank - 1) // self.branching] * (rank > 0) + list(range(first, min(first + self.branching, n)))
 
     def max_degree(self, n: int) -> int:
-        """Up to two in each direction."""
-        rows, cols = self.shape(n)
-        return min(2, rows - 1) + min(2, cols - 1)
-
-
-class Torus(_Lattice):
-    """A :class:`Grid` whose rows and columns close to circles, so that all ranks have the same degree.
-
-    Where a side has two ranks, both ways round lead to the same neighbour, which counts once: a 2 x 4 torus has degree
-    3 and weights 1/4. A ``k x k`` torus with ``k >= 3`` has the eigenvalues
-    ``(1 + 2 cos(2 pi p / k) + 2 cos(2 pi q / k)) / 5``. A prime ``n`` gives a :class:`Ring`.
-
-    Args:
-        rows: rows of the rectangle, a divisor of the number of workers; by default the largest divisor that is at most
-            the square root.
-        weights: see :class:`~lightning_dopt.topology.UndirectedGraph`.
-
-    Raises:
-        ValueError: an argument outside its range; from ``check``, a number of workers that ``rows`` does not divide.
-    """
-
-    def adjacent(self, n: int, rank: int) -> list[int]:
-        """Above, below, left and right with wrap, each once."""
-        rows, cols = self.shape(n)
-        a, b = divmod(rank, cols)
-        across = {a * cols + (b + o) % cols for o in (-1, 1)}
-        along = {(a + o) % rows * cols + b for o in (-1, 1)}
-        return sorted((across | along) - {rank})
-
-    def max_degree(self, n: int) -> int:
-        """Up to two in each direction."""
-        rows, cols = self.shape(n)
-        return min(2, rows - 1) + min(2, cols - 1)
+        """Reached by rank 1 (parent and children) or by the root."""
+        return max(len(self.adjacent(n, rank)) for rank in range(min(2, n)))
 
 
 class Star(UndirectedGraph):
@@ -202,6 +152,41 @@ class Hypercube(UndirectedGraph):
     def max_degree(self, n: int) -> int:
         """One per dimension."""
         return log2_ceil(n)
+
+
+class SymmetricExponential(UndirectedGraph):
+    """Rank ``i`` is linked to ``i + b**k`` and ``i - b**k`` modulo ``n`` for all powers of ``b`` up to ``n / 2``.
+
+    The undirected relative of :class:`Exponential` for methods that need a symmetric matrix, at nearly twice the
+    messages. All degrees are equal, so the weights are ``1 / (degree + 1)``.
+
+    Args:
+        base: ``b``, at least 2.
+        weights: see :class:`~lightning_dopt.topology.UndirectedGraph`.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(self, base: int = 2, weights: WeightRule = "metropolis") -> None:
+        super().__init__(weights)
+        self.base = check_int("SymmetricExponential", "base", base, 2)
+
+    def adjacent(self, n: int, rank: int) -> list[int]:
+        """``rank`` plus and minus each power, modulo ``n``, each once."""
+        found, offset = set(), 1
+        while 2 * offset <= n:
+            found |= {(rank + offset) % n, (rank - offset) % n}
+            offset *= self.base
+        return sorted(found)
+
+    def degree(self, n: int, rank: int) -> int:
+        """The same for every rank."""
+        return len(self.adjacent(n, 0))
+
+    def max_degree(self, n: int) -> int:
+        """The same for every rank."""
+        return len(self.adjacent(n, 0))
 
 
 def check_power_of_two(owner: str, n: int) -> None:

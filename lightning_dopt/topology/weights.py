@@ -55,6 +55,10 @@ class UndirectedGraph(Topology):
         row[rank] = 1.0 - math.fsum(row.values())
         return row
 
+    def is_tree(self, n: int) -> bool:
+        """Whether the graph has no circle, that is ``n - 1`` links (it is connected)."""
+        return sum(self.degree(n, rank) for rank in range(n)) == 2 * (n - 1)
+
     def neighbors(self, n: int, rank: int, step: int = 0) -> list[int]:
         """The ranks linked to ``rank``, ascending; the same in every round."""
         return self.adjacent(n, rank)
@@ -109,9 +113,17 @@ class Lazy(Topology):
         """The largest degree of the inner topology."""
         return self.topology.max_degree(n)
 
+    def is_tree(self, n: int) -> bool:
+        """Whether the inner graph is a tree."""
+        return self.topology.is_tree(n)
+
     def symmetric(self, n: int) -> bool:
         """Whether the inner matrices are symmetric."""
         return self.topology.symmetric(n)
+
+    def reversible(self, n: int) -> bool:
+        """As the inner topology."""
+        return self.topology.reversible(n)
 
     def stationary(self, n: int) -> list[float]:
         """The stationary weights of the inner topology."""
