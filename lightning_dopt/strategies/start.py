@@ -1,0 +1,65 @@
+"""The start of a fit: equal weights, an engine, and what to refuse or to warn of before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_dopt.comm.world import World
+from lightning_dopt.engine import Engine
+from lightning_dopt.plan import Plan
+from lightning_dopt.strategies import _private
+from lightning_dopt.strategies.optimizers import OptimizerIndex
+
+
+def share_start(module: nn.Module) -> None:
+    """Give all replicas rank 0's weights and buffers. Collective, on the default group."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.data, 0)
+
+
+def make_engine(
+    plan: Plan, module: LightningModule, index: OptimizerIndex, world: World, average_buffers: bool
+) -> Engine:
+    """The engine of a module and its optimizers."""
+    saved = module.state_dict(keep_vars=True)  # buffers that no checkpoint holds are constants, such as rotary tables
+    return Engine(
+        plan,
+        index.trainable,
+        world,
+        buffers={n: b for n, b in module.named_buffers() if n in saved},
+        lr=index.lr,
+        optimizer_state=index.state,
+        gradient_groups=index.groups if index.several else None,
+        sync_buffers=average_buffers,
+    )
+
+
+def refuse_unequal_loaders(batches: float, size: int) -> None:
+    """Compare the number of training batches of all ranks. Collective, on the default group.
+
+    Raises:
+        ValueError: they differ.
+    """
+    all_batches: list[Any] = [None] * size
+    dist.all_gather_object(all_batches, batches)
+    if len(set(all_batches)) > 1:
+        raise ValueError(
+            f"ranks have unequal numbers of training batches, {all_batches}: ranks with more would wait for ever"
+        )
+
+
+def warn_of_averages(plan: Plan, size: int, callbacks: list[Any]) -> None:
+    """Warn where ``WeightAveraging`` averages replicas that differ."""
+    shared = any(s.what.slot == "gradients" and s.peers.is_mean(size) for s in plan)
+    if size > 1 and not shared and any(_private.averages_weights(c) for c in callbacks):
+        rank_zero_warn(
+            "WeightAveraging averages each rank's own replica over time: validation measures other weights on every rank "
+            "and the main checkpoint holds rank 0's average; after fit all ranks hold the mean of their averages"
+        )
