@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_dopt._checks import check_choice, check_float, check_int
@@ -19,7 +20,10 @@ class Merge(Part, ABC):
 
     @abstractmethod
     def __call__(self, live: Tensor, new: Tensor, sent: Tensor | None) -> None:
-        """Write the merged value into ``live`` in place; ``sent`` is the live tensor when the message left."""
+        """Write the merged value into ``live`` in place.
+
+        ``sent`` is the live tensor when the message left, and is not needed any more afterwards.
+        """
 
 
 class Replace(Merge):
@@ -64,7 +68,8 @@ class Rebase(Merge):
         """See :class:`Merge`."""
         if sent is None:
             raise RuntimeError("Rebase needs the live tensor as it was when the message left")
-        live.add_(new - sent)  # the difference first: narrow types keep small progress, an equal result is a no-op
+        # the difference first: narrow types keep small progress, an equal result is a no-op
+        live.add_(torch.sub(new, sent, out=sent) if new.dtype == sent.dtype else new - sent)
 
 
 class Apply(Part, ABC):

@@ -15,7 +15,7 @@ from lightning_dopt.exchange import Channel
 from lightning_dopt.local.base import Context
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import GradientRunner, LaneRunner, SyncRunner
-from lightning_dopt.slots import FlatBuffers, FlatGradients, FlatTensors, Lane
+from lightning_dopt.slots import FlatBuffers, FlatGradients, FlatTensors, Lane, tracker_lane
 from lightning_dopt.what import OptimizerState
 
 
@@ -73,7 +73,7 @@ class Engine:
         self._begun = False
         self.optimizer_state = optimizer_state
         self.groups = [list(g) for g in gradient_groups] if gradient_groups is not None else [list(self.parameters)]
-        chosen = [self._selected(s) for s in plan if s.what.slot in ("parameters", "gradients")]
+        chosen = [self._selected(s) for s in plan if s.what.slot in ("parameters", "gradients", "tracker")]
         self.flat = FlatTensors(self.parameters, [*chosen, *self.groups])
         self.means = plan.means(world.size)
         context = Context(
@@ -117,6 +117,9 @@ class Engine:
         slot = sync.what.slot
         if slot == "parameters":
             self.runners.append(self._runner(index, sync, label, self.flat.select(self._selected(sync))))
+        elif slot == "tracker":
+            copies_of = [tracker_lane(lane) for lane in self.flat.select(self._selected(sync))]
+            self.runners.append(self._runner(index, sync, label, copies_of))
         elif slot == "gradients":
             for runners, group in zip(self.gradients, self.groups, strict=True):
                 names = [name for name in self._selected(sync) if name in group]
@@ -196,6 +199,23 @@ class Engine:
                 if order == "cta":
                     yield from runner.apply(step)
 
+    @property
+    def passes(self) -> int:
+        """How many forward and backward passes an optimizer step takes; see :meth:`perturb`."""
+        return max((correction.passes for correction in self.corrections), default=1)
+
+    def perturb(self, group: int = 0) -> None:
+        """After the first backward of a step that takes two passes: move the parameters for the second."""
+        with torch.no_grad():
+            for correction in self.corrections:
+                correction.perturb(self.groups[group])
+
+    def restore(self, group: int = 0) -> None:
+        """After the second backward: move the parameters back. What follows is :meth:`on_gradients`."""
+        with torch.no_grad():
+            for correction in self.corrections:
+                correction.restore(self.groups[group])
+
     def on_gradients(self, scale: float | None = None, group: int = 0) -> Talk[None]:
         """After backward, before clipping and the optimizer: corrections, then gradient syncs.
 
@@ -244,6 +264,8 @@ class Engine:
         self.step += 1
         step = self.world.step = self.step
         self._begun = False
+        for correction in self.corrections:
+            correction.on_stepped()
         if self.communicates(step):
             self.flat.reclaim()
         for runner in self.runners:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from lightning_dopt._random import key
 from lightning_dopt.comm.world import Pending, Talk, World
 from lightning_dopt.compress import Identity, LowRank
 from lightning_dopt.compress.base import Compressor, Rounds
-from lightning_dopt.compress.memory import Memory, as_compressor
+from lightning_dopt.compress.memory import Difference, Memory, as_compressor
 from lightning_dopt.plan import Sync
 from lightning_dopt.slots import Lane
 
@@ -24,12 +24,14 @@ class Flight:
         own: What receivers decode of this rank's message (``None`` if nobody needs it).
         sent: The live tensor when the message left (``None`` if nobody needs it).
         step: The optimizer step of the send.
+        buffers: Buffers of the channel that the flight occupies.
     """
 
     def __init__(self, talk: Talk[Tensor], step: int) -> None:
         self.step = step
         self.own: Tensor | None = None
         self.sent: Tensor | None = None
+        self.buffers: list[Tensor] = []
         self._talk = talk
         self._pending: Pending | None = None
         self._result: Tensor | None = None
@@ -71,7 +73,7 @@ def _no_talk() -> Talk[Tensor]:
 
 
 class Channel:
-    """The wire of one lane of one sync, with the codec's memory.
+    """The wire of one lane of one sync, with the memories of its codec and of its combine.
 
     Args:
         sync: What to do.
@@ -84,10 +86,15 @@ class Channel:
     def __init__(self, sync: Sync, lane: Lane, world: World, seed: int, label: str) -> None:
         self.sync, self.lane, self.world, self.seed, self.label = sync, lane, world, seed, label
         self.compressor, self.memory = as_compressor(sync.codec)
-        like = torch.zeros(0, dtype=lane.message_dtype, device=lane.live.device).new_zeros(lane.numel)
-        self.memory_state = self.memory.state(like) if self.memory is not None else {}
+        start = lane.live.detach().to(lane.message_dtype)
+        self.by_edge = isinstance(self.memory, Difference) and sync.peers.period(world.size) != 1
+        self.memory_state = self.memory.state(start) if self.memory is not None and not self.by_edge else {}
         self.codec_state: dict[str, Tensor] = {}
+        self.combine_state = sync.combine.state(start, sync.peers, world.size, world.rank)
         self.scale = self.memory.scale((lane.numel,)) if self.memory is not None else 1.0
+        self.exchanges = sync.combine.exchanges(sync.peers, world.size)
+        self._free: list[Tensor] = []
+        self._boxes: dict[tuple[int, int], Tensor] = {}
 
     @property
     def sums(self) -> bool:
@@ -96,36 +103,51 @@ class Channel:
 
     def launch(self, message: Tensor, step: int, round_: int, need_own: bool = False) -> Flight:
         """Send ``message`` (this channel may overwrite it); ``round_`` counts the sends of the sync from 0."""
-        own: list[Tensor] = []
-        flight = Flight(self._talk(message, step, round_, need_own, own), step)
+        wire = _RoundWire(self, step, round_ * self.exchanges, need_own)
+        flight = Flight(self.sync.combine.talk(wire, message, self.combine_state), step)
         flight.start()
-        flight.own = own[0] if own else None
+        flight.own, flight.buffers = wire.own, wire.buffers
         return flight
 
-    def _talk(self, message: Tensor, step: int, round_: int, need_own: bool, own_out: list[Tensor]) -> Talk[Tensor]:
+    def take(self, buffers: list[Tensor]) -> Tensor:
+        """A message-sized buffer with any content, used before if there is one; noted in ``buffers`` to be given back."""
+        buffer = (
+            self._free.pop() if self._free else self.lane.live.new_empty(self.lane.numel, dtype=self.lane.message_dtype)
+        )
+        buffers.append(buffer)
+        return buffer
+
+    def give_back(self, flight: Flight) -> None:
+        """The flight's result has been used: its buffers may serve the next one."""
+        self._free.extend(flight.buffers)
+        flight.buffers = []
+
+    def mix(self, message: Tensor, wire: _RoundWire, exchange: int) -> Talk[Tensor]:
+        """One exchange: load the memory, encode, exchange, decode, combine; see :meth:`Wire.mix`."""
         if isinstance(self.compressor, Identity) and self.memory is None and self.sums:
-            if need_own:
-                own_out.append(message.clone())
+            if wire.need_own:
+                wire.own = message.clone()
             return (yield from self._plain_mean(message))
-        signal = message
-        value = self.memory.load(signal, self.memory_state) if self.memory is not None else signal
+        seed = key(self.seed, wire.step) if exchange == 0 else key(key(self.seed, wire.step), exchange)
+        round_ = wire.round + exchange
+        if self.by_edge:
+            return (yield from self._mixed_by_edge(message, seed, round_))
+        value = self.memory.load(message, self.memory_state) if self.memory is not None else message
         if self.sums:
-            if need_own:
-                own_out.append(self.compressor.roundtrip(value, key(self.seed, step)).mul_(self.scale))
-            own, mixed = yield from self._summed(value, step)
+            if wire.need_own:
+                wire.own = self.compressor.roundtrip(value, seed).mul_(self.scale)
+            own, mixed = yield from self._summed(value, seed)
             if self.memory is not None:
                 self.memory.sent(own, self.memory_state)
         else:
-            seed = key(self.seed, step)
             payload = self._pack(value, key(seed, self.world.rank) if self.compressor.private else seed)
-            if self.memory is not None or need_own:
-                own = torch.zeros_like(value)
-                self._unpack_add(payload, seed, own, self.scale)
-                own_out.append(own)
+            if self.memory is not None or wire.need_own:
+                wire.own = torch.zeros_like(value)
+                self._unpack_add(payload, seed, wire.own, self.scale)
                 if self.memory is not None:
-                    self.memory.sent(own, self.memory_state)
-            mixed = yield from self._exchanged(payload, seed, round_)
-        return self.memory.received(mixed, signal, self.memory_state) if self.memory is not None else mixed
+                    self.memory.sent(wire.own, self.memory_state)
+            mixed = yield from self._exchanged(payload, seed, round_, message, self.take(wire.buffers))
+        return self.memory.received(mixed, message, self.memory_state) if self.memory is not None else mixed
 
     def _plain_mean(self, message: Tensor) -> Talk[Tensor]:
         if self.world.size == 1:
@@ -133,8 +155,8 @@ class Channel:
         total = yield self.world.all_reduce(message, self.label)
         return total.mul_(1.0 / self.world.size)
 
-    def _summed(self, value: Tensor, step: int) -> Talk[tuple[Tensor, Tensor]]:
-        rounds = self.rounds(value, key(self.seed, step))
+    def _summed(self, value: Tensor, seed: int) -> Talk[tuple[Tensor, Tensor]]:
+        rounds = self.rounds(value, seed)
         try:
             part = next(rounds)
             while True:
@@ -155,7 +177,7 @@ class Channel:
         owns, means = yield from compressor.rounds_many(self.lane.views(value), self.codec_state, seed, self.world.size)
         return _flatten(owns, value), _flatten(means, value)
 
-    def _exchanged(self, payload: Tensor, seed: int, round_: int) -> Talk[Tensor]:
+    def _exchanged(self, payload: Tensor, seed: int, round_: int, message: Tensor, out: Tensor) -> Talk[Tensor]:
         world, peers = self.world, self.sync.peers
         if world.size == 1:
             got: dict[int, Tensor] = {0: payload}
@@ -165,18 +187,65 @@ class Channel:
         else:
             send = dict.fromkeys(peers.receivers(world.size, world.rank, round_), payload)
             receive = dict.fromkeys(peers.neighbors(world.size, world.rank, round_), payload.numel())
-            got = yield world.exchange(send, receive, self.label)
+            got = dict((yield self.swap(send, receive)))
             got[world.rank] = payload
         weights = peers.row(world.size, world.rank, round_)
-        out = torch.zeros(self.lane.numel, dtype=self.lane.message_dtype, device=payload.device)
+        if isinstance(self.compressor, Identity) and self.memory is None and self.sync.combine.linear:
+            return _weighted(got, weights, out)
         messages = [
-            (weights.get(j, 0.0), partial(self._decode_scaled, got[j], seed)) for j in sorted(got) if j in weights
+            (weights[j], partial(self._decode_scaled, got[j], seed, message)) for j in sorted(got) if j in weights
         ]
-        self.sync.combine(messages, out)
+        self.sync.combine(messages, out.zero_())
         return out
 
-    def _decode_scaled(self, payload: Tensor, seed: int, out: Tensor, weight: float) -> None:
-        self._unpack_add(payload, seed, out, weight * self.scale)
+    def swap(self, send: Mapping[int, Tensor], receive: Mapping[int, int]) -> Pending:
+        """Exchange bytes with neighbours, into buffers that the next exchange uses again."""
+        boxes = {}
+        for k, (j, length) in enumerate(sorted(receive.items())):
+            if (k, length) not in self._boxes:
+                self._boxes[k, length] = torch.empty(length, dtype=torch.uint8, device=self.lane.live.device)
+            boxes[j] = self._boxes[k, length]
+        return self.world.exchange(send, receive, self.label, boxes)
+
+    def _mixed_by_edge(self, message: Tensor, seed: int, round_: int) -> Talk[Tensor]:
+        """:class:`Difference` over a changing graph: a public copy for every neighbour, brought up to date when they meet.
+
+        ``x + gamma (sum_j W[i, j] xh_{j -> i} - sum_k W[k, i] xh_{i -> k})`` keeps the mean for every doubly stochastic ``W``.
+        """
+        world, peers, memory = self.world, self.sync.peers, self.memory
+        assert isinstance(memory, Difference)
+        n, rank = world.size, world.rank
+        to, heard = peers.receivers(n, rank, round_), peers.neighbors(n, rank, round_)
+        send = {}
+        for k in to:
+            mine = self._copy_of("to", k, message)
+            here = key(seed, rank) if self.compressor.private else seed
+            send[k] = self._pack(message - mine, here)
+            self._unpack_add(send[k], seed, mine, self.scale)
+        length = message_bytes(self.compressor, self.lane)
+        got = yield self.swap(send, dict.fromkeys(heard, length))
+        weights, gamma = peers.row(n, rank, round_), memory.gamma
+        for j in heard:
+            theirs = self._copy_of("from", j, message)
+            self._unpack_add(got[j], seed, theirs, self.scale)
+            message.add_(theirs, alpha=gamma * weights[j])
+        for k in to:
+            message.sub_(self._copy_of("to", k, message), alpha=gamma * peers.row(n, k, round_)[rank])
+        return message
+
+    def _copy_of(self, way: str, rank: int, like: Tensor) -> Tensor:
+        name = f"{way}.{rank}"
+        if name not in self.memory_state:
+            self.memory_state[name] = torch.zeros_like(like)
+        return self.memory_state[name]
+
+    def _decode_scaled(self, payload: Tensor, seed: int, message: Tensor, out: Tensor, weight: float) -> None:
+        if self.memory is None or not self.memory.relative:
+            self._unpack_add(payload, seed, out, weight * self.scale)
+            return
+        decoded = torch.zeros_like(out)
+        self._unpack_add(payload, seed, decoded, 1.0)
+        out.add_(self.memory.localise(decoded, message), alpha=weight)
 
     def _pack(self, value: Tensor, seed: int) -> Tensor:
         if isinstance(self.compressor, Identity):
@@ -200,19 +269,48 @@ class Channel:
                 start = end
 
     def tensors(self) -> dict[str, Tensor]:
-        """The memory's and the codec's state, for a checkpoint."""
-        return {f"memory.{k}": t for k, t in self.memory_state.items()} | {
-            f"codec.{k}": t for k, t in self.codec_state.items()
-        }
+        """The state of the codec, its memory and the combine, for a checkpoint."""
+        kinds = {"memory": self.memory_state, "codec": self.codec_state, "combine": self.combine_state}
+        return {f"{kind}.{k}": t for kind, state in kinds.items() for k, t in state.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Continue from saved state."""
         for name, saved in tensors.items():
             kind, _, k = name.partition(".")
-            if kind == "memory":
-                self.memory_state[k].copy_(saved)
+            if kind == "codec" or self.by_edge:  # these come into being with the first messages
+                state = self.codec_state if kind == "codec" else self.memory_state
+                state[k] = saved.to(self.lane.live.device, copy=True)
             else:
-                self.codec_state[k] = saved.to(self.lane.live.device, copy=True)
+                (self.memory_state if kind == "memory" else self.combine_state)[k].copy_(saved)
+
+
+class _RoundWire:
+    """A combine's view of the channel during one round; see :class:`~lightning_dopt.combine.Wire`."""
+
+    def __init__(self, channel: Channel, step: int, round_: int, need_own: bool) -> None:
+        self.size, self.rank, self.peers = channel.world.size, channel.world.rank, channel.sync.peers
+        self.step, self.round, self.need_own = step, round_, need_own
+        self.own: Tensor | None = None
+        self.buffers: list[Tensor] = []
+        self._channel = channel
+
+    def mix(self, value: Tensor, exchange: int = 0) -> Talk[Tensor]:
+        return (yield from self._channel.mix(value, self, exchange))
+
+    def swap(self, send: Mapping[int, Tensor], receive: Mapping[int, int]) -> Talk[dict[int, Tensor]]:
+        if self.size == 1:
+            return {}
+        got: Mapping[int, Tensor] = yield self._channel.swap(send, receive)
+        return dict(got)
+
+
+def _weighted(got: Mapping[int, Tensor], weights: Mapping[int, float], out: Tensor) -> Tensor:
+    """The weighted sum of exact messages, in ascending order of rank, without a pass to clear ``out`` first."""
+    first, *others = [j for j in sorted(got) if j in weights]
+    torch.mul(got[first].view(out.dtype), weights[first], out=out)
+    for j in others:
+        out.add_(got[j].view(out.dtype), alpha=weights[j])
+    return out
 
 
 def message_bytes(compressor: Compressor, lane: Lane) -> int:

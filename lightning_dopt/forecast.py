@@ -241,7 +241,13 @@ class _AllRanks(World):
         """No forecast needs it."""
         raise NotImplementedError
 
-    def exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, int], label: str) -> Pending:
+    def exchange(
+        self,
+        send: Mapping[int, Tensor],
+        receive: Mapping[int, int],
+        label: str,
+        boxes: Mapping[int, Tensor] | None = None,
+    ) -> Pending:
         """One rank's view of what :meth:`gossip` does for all."""
         raise NotImplementedError
 
@@ -273,13 +279,19 @@ class _SizedLane(LaneRunner):
         peers, label = self.sync.peers, self.channel.label
         if self.world.size == 1:
             return _DONE
-        for part in self.sums:
-            yield self.world.all_reduce(part, label)
-        if not self.sums and peers.is_mean(self.world.size):
-            yield self.world.all_gather(self.payload, label)
-        elif not self.sums:
-            yield self.world.gossip(self.payload.nbytes, peers, round_, label)
+        exchanges = self.channel.exchanges
+        for exchange in range(round_ * exchanges, (round_ + 1) * exchanges):
+            for part in self.sums:
+                yield self.world.all_reduce(part, label)
+            if not self.sums and peers.is_mean(self.world.size):
+                yield self.world.all_gather(self.payload, label)
+            elif not self.sums:
+                yield self.world.gossip(self.payload.nbytes + self._beside(), peers, exchange, label)
         return _DONE
+
+    def _beside(self) -> int:
+        """Bytes that the combine sends beside each message; where its weights stay one it sends none."""
+        return self.sync.combine.extra_bytes if self.channel.combine_state else 0
 
     def send(self, step: int, round_: int) -> None:
         """See :meth:`LaneRunner.send`."""

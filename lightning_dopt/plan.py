@@ -13,10 +13,10 @@ from lightning_dopt._checks import check_choice, check_int
 from lightning_dopt._part import Part
 from lightning_dopt._random import key
 from lightning_dopt.apply import Apply, Blocking, Delay, OneRound
-from lightning_dopt.combine import Combine, Mixing
+from lightning_dopt.combine import Combine, Mixing, PushSum
 from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Codec, Compressor
-from lightning_dopt.compress.memory import EF21, Difference, Memory
+from lightning_dopt.compress.memory import Difference, Memory
 from lightning_dopt.local.base import Correction
 from lightning_dopt.outer import SGD, FromOptimizer, Nesterov, Outer
 from lightning_dopt.schedules import Every, When
@@ -103,6 +103,17 @@ class Plan(Part):
         self.seed = check_int("Plan", "seed", seed, 0)
         for correction in self.corrections:
             correction.check(self)
+        for sync in self.syncs:
+            if sync.what.slot == "gradients" and codes_values(sync.codec) and not self._tracks(sync):
+                raise ValueError(
+                    f"Sync(what='gradients', codec={sync.codec!r}): use ErrorFeedback or EF21 for gradients"
+                )
+            if sync.what.slot == "tracker" and not self._tracks(sync):
+                raise ValueError("Sync(what='tracker'): no correction of the plan sends a tracker")
+
+    def _tracks(self, sync: Sync) -> bool:
+        """Whether a correction puts something else on this sync's wire: a tracked quantity that lives on."""
+        return sync.what.slot in ("gradients", "tracker") and any(sync.what.slot in c.slots for c in self.corrections)
 
     def __iter__(self) -> Iterator[Sync]:
         return iter(self.syncs)
@@ -136,16 +147,21 @@ class Plan(Part):
         mixes_parameters = any(s.what.slot == "parameters" for s in self.syncs)
         for sync in self.syncs:
             sync.peers.check(n)
+            sync.combine.check_size(sync, n)
             mean = sync.peers.is_mean(n)
+            if not sync.peers.row_stochastic(n) and not isinstance(sync.combine, PushSum) and not self._tracks(sync):
+                raise ValueError(
+                    f"Sync(peers={sync.peers!r}): rows of the matrix do not sum to one with {n} workers; use combine=PushSum()"
+                )
             if sync.signal == "delta" and not mean:
                 raise ValueError(
                     f"Sync(signal='delta', peers={sync.peers!r}): anchors of ranks that do not all hear each other drift "
                     "apart; use signal='value' (with codec=Difference(...) if it is lossy) or peers=Complete()"
                 )
-            if isinstance(sync.codec, Difference) and sync.peers.period(n) != 1:
+            if isinstance(sync.codec, Difference) and sync.peers.period(n) != 1 and not sync.peers.doubly_stochastic(n):
                 raise ValueError(
-                    f"Sync(codec={sync.codec!r}, peers={sync.peers!r}): Difference keeps copies of fixed neighbours; use a "
-                    "static topology or an exact codec"
+                    f"Sync(codec={sync.codec!r}, peers={sync.peers!r}): over a changing graph Difference needs columns that sum "
+                    "to one; use a doubly stochastic topology such as OnePeerExponential(), or an exact codec"
                 )
             _warn_of_momentum(sync, n)
             if sync.what.slot == "gradients" and not mean and not mixes_parameters:
@@ -164,6 +180,11 @@ def is_exact(codec: Codec) -> bool:
     return isinstance(codec, Identity)
 
 
+def codes_values(codec: Codec) -> bool:
+    """Whether lossy messages of whole values converge with it."""
+    return isinstance(codec, Memory) and codec.codes_values
+
+
 def _typed(name: str, value: object, kind: type[T], owner: str = "Sync") -> T:
     if not isinstance(value, kind):
         raise ValueError(f"{owner}({name}={value!r}): must be a {kind.__module__}.{kind.__name__} object")
@@ -180,22 +201,25 @@ def _check_sync(sync: Sync) -> None:
         raise ValueError(
             f"Sync(what={sync.what!r}, signal='delta'): only parameters have an anchor, use signal='value'"
         )
+    if slot == "tracker" and sync.apply != Blocking():
+        raise ValueError(f"Sync(what='tracker', apply={sync.apply!r}): the tracker is due at once, use Blocking()")
     if slot in ("buffers", "optimizer") and not is_exact(sync.codec):
         raise ValueError(f"Sync(what={sync.what!r}, codec={sync.codec!r}): states are sent as they are, use Identity()")
-    if isinstance(sync.codec, Difference) and sync.signal != "value":
-        raise ValueError(f"Sync(signal='delta', codec={sync.codec!r}): Difference codes values, use signal='value'")
+    if codes_values(sync.codec) and sync.signal != "value":
+        raise ValueError(
+            f"Sync(signal='delta', codec={sync.codec!r}): {type(sync.codec).__name__} codes values, use signal='value'"
+        )
     if (
-        slot == "parameters"
+        slot in ("parameters", "tracker")
         and sync.signal == "value"
         and not is_exact(sync.codec)
-        and not isinstance(sync.codec, Difference)
+        and not codes_values(sync.codec)
     ):
         raise ValueError(
             f"Sync(signal='value', codec={sync.codec!r}): packing the weights themselves does not converge; use "
             f"codec=Difference({compressor!r}), or signal='delta' over Complete()"
         )
-    if not sync.combine.linear and isinstance(sync.codec, (EF21, Difference)):
-        raise ValueError(f"Sync(codec={sync.codec!r}, combine={sync.combine!r}): this memory needs a weighted sum")
+    sync.combine.check(sync)
     _check_apply(sync)
     _warn(sync, compressor)
 
@@ -207,8 +231,6 @@ def _check_gradients(sync: Sync) -> None:
         )
     if sync.when != Every(1):
         raise ValueError(f"Sync(what='gradients', when={sync.when!r}): replicas would drift apart, use Every(1)")
-    if isinstance(sync.codec, Difference):
-        raise ValueError(f"Sync(what='gradients', codec={sync.codec!r}): use ErrorFeedback or EF21 for gradients")
 
 
 def _check_apply(sync: Sync) -> None:

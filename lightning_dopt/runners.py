@@ -38,27 +38,32 @@ class LaneRunner:
         """Whether the live buffer itself may travel: it is at rest, and nobody needs its old value."""
         sync, same_dtype = self.sync, self.lane.live.dtype == self.lane.message_dtype
         at_rest = sync.apply == Blocking() or sync.apply == Blocking(order="cta")
-        plain = isinstance(sync.codec, Identity) and self.channel.sums
+        plain = isinstance(sync.codec, Identity) and sync.combine.in_place
         return (
             sync.signal == "value" and at_rest and same_dtype and plain and self.anchor is None and not self.corrections
         )
 
     def send(self, step: int, round_: int) -> None:
         """The send half: snapshot, encode, start the transfer."""
-        live = self.lane.live
+        live, channel = self.lane.live, self.channel
+        buffers: list[Tensor] = []
         if self.sync.signal == "delta":
             assert self.anchor is not None
-            message = self.anchor - live
+            message = torch.sub(self.anchor, live, out=channel.take(buffers))
         elif self._in_place:
             message = live
         else:
-            message = live.to(self.lane.message_dtype, copy=True)
-        sent = live.clone() if self.sync.apply.merge.needs_sent or self.corrections else None
+            message = channel.take(buffers).copy_(live)
+        sent = None
+        if self.sync.apply.merge.needs_sent or self.corrections:
+            same = live.dtype == self.lane.message_dtype
+            sent = channel.take(buffers).copy_(live) if same else live.clone()
         for correction in self.corrections:
             correction.publish(self.sync.what.slot, self.lane, message)
         need_own = isinstance(self.sync.apply, OneRound) and self.sync.apply.inflight != 0.0
-        flight = self.channel.launch(message, step, round_, need_own)
+        flight = channel.launch(message, step, round_, need_own)
         flight.sent = sent
+        flight.buffers += buffers
         self.flights.append(flight)
 
     def apply(self, step: int) -> Talk[None]:
@@ -69,11 +74,15 @@ class LaneRunner:
             flight = self.flights.pop(0)
             result = yield from flight.finish()
         new = self._move_reference(result)
-        self.sync.apply.merge(self.lane.live, new, flight.sent)
+        merge = self.sync.apply.merge
+        keep = flight.sent is not None and merge.needs_sent and bool(self.corrections)  # they look at it, too
+        merge(self.lane.live, new, flight.sent.clone() if keep and flight.sent is not None else flight.sent)
         for correction in self.corrections:
             assert flight.sent is not None
             correction.on_applied(self.sync.what.slot, self.lane, flight.sent, new, step - self.last_step)
         self.last_step = step
+        if not isinstance(self.sync.apply, OneRound):  # there the flight goes on
+            self.channel.give_back(flight)
 
     def _corrected(self) -> Talk[Tensor]:
         """The fresh message's in-flight share plus what the previous round brought, without the share used then."""

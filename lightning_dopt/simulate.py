@@ -67,7 +67,13 @@ class Simulation:
             self._all(Engine.before_step)
             for rank, (replica, opt) in enumerate(zip(self.replicas, self.optimizers, strict=True)):
                 opt.zero_grad()
-                self.backward(rank, replica, self.engines[rank].step + 1)
+                step = self.engines[rank].step + 1
+                self.backward(rank, replica, step)
+                if self.engines[rank].passes == 2:
+                    self.engines[rank].perturb()
+                    opt.zero_grad()
+                    self.backward(rank, replica, step)
+                    self.engines[rank].restore()
                 clock = self.worlds[rank].clock
                 if clock is not None:
                     clock.compute(self.seconds[rank])

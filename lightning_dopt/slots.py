@@ -57,6 +57,11 @@ class Lane:
         return [f.of(flat) for f in self.fields]
 
 
+def tracker_lane(lane: Lane) -> Lane:
+    """A lane of zeros like ``lane``, in the type of its messages."""
+    return Lane(torch.zeros(lane.numel, dtype=lane.message_dtype, device=lane.live.device), lane.fields)
+
+
 class FlatTensors:
     """Named tensors moved into flat buffers, one per dtype and device, and kept there.
 

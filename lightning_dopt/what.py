@@ -75,6 +75,19 @@ class OptimizerState(What):
         return fnmatchcase(name, self.match)
 
 
+class Tracker(Parameters):
+    """What a correction keeps beside the parameters, one tensor like each: sent before the parameters are.
+
+    Args:
+        match: Pattern on parameter names.
+
+    Raises:
+        ValueError: an empty pattern.
+    """
+
+    slot = "tracker"
+
+
 class Buffers(What):
     """Floating point buffers of the module, such as BatchNorm's running statistics."""
 
@@ -97,9 +110,14 @@ def what_of(value: What | str) -> What:
         return value
     if isinstance(value, str) and value.startswith("optimizer.") and len(value) > len("optimizer."):
         return OptimizerState(value.removeprefix("optimizer."))
-    known: dict[str, type[What]] = {"parameters": Parameters, "gradients": Gradients, "buffers": Buffers}
+    known: dict[str, type[What]] = {
+        "parameters": Parameters,
+        "gradients": Gradients,
+        "tracker": Tracker,
+        "buffers": Buffers,
+    }
     if value not in known:
         raise ValueError(
-            f"Sync(what={value!r}): must be one of 'parameters', 'gradients', 'buffers', 'optimizer.<state>'"
+            f"Sync(what={value!r}): must be one of {', '.join(map(repr, known))}, 'optimizer.<state>'"
         )
     return known[value]()

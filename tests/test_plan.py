@@ -62,7 +62,7 @@ from lightning_dopt import (
 )
 from lightning_dopt._part import Part
 from lightning_dopt.apply import Replace
-from lightning_dopt.combine import Mixing
+from lightning_dopt.combine import Chebyshev, Mixing, MomentumGossip, PushSum, RelaySum, Repeated
 from lightning_dopt.what import Buffers, Gradients
 
 NAMES: dict[str, Any] = {
@@ -71,6 +71,13 @@ NAMES: dict[str, Any] = {
     for name, value in vars(module).items()
     if inspect.isclass(value) and issubclass(value, Part)
 }
+
+
+class _Pull(RandomPairs):
+    """Says of itself that columns do not sum to one."""
+
+    def doubly_stochastic(self, n: int) -> bool:
+        return False
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -92,7 +99,7 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
     "gradients now and then": (lambda: Sync(what="gradients", when=Every(2)), ["when=Every(n=2)", "use Every(1)"]),
     "gradients by chance": (lambda: Sync(what="gradients", when=Bernoulli(0.5)), ["when=Bernoulli(p=0.5)", "Every(1)"]),
     "differences of gradients": (
-        lambda: Sync(what="gradients", codec=Difference(Int8())),
+        lambda: Plan([Sync(what="gradients", codec=Difference(Int8()))]),
         ["codec=Difference", "ErrorFeedback or EF21"],
     ),
     "gradients in another order": (
@@ -201,10 +208,31 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
         lambda: Plan([Sync(signal="delta", peers=Ring())]).check(4),
         ["peers=Ring()", "signal='value'", "Complete()"],
     ),
-    "differences over changing graphs": (
-        lambda: plans.gossip(RandomPairs(), Difference(Int8())).check(4),
-        ["peers=RandomPairs()", "static topology"],
+    "differences over a changing graph that loses the mean": (
+        lambda: plans.gossip(_Pull(), Difference(Int8())).check(4),
+        ["peers=_Pull()", "doubly stochastic", "exact codec"],
     ),
+    "a tracker of nobody": (lambda: Plan([Sync(what="tracker")]), ["what='tracker'", "no correction"]),
+    "an accelerated lossy code": (
+        lambda: Sync(peers=Ring(), codec=Difference(Int8()), combine=Chebyshev(3)),
+        ["codec=Difference", "Identity()"],
+    ),
+    "acceleration over pairs": (
+        lambda: Plan([Sync(peers=RandomPairs(), combine=Chebyshev(3))]).check(4),
+        ["peers=RandomPairs()", "one fixed undirected graph"],
+    ),
+    "momentum over pairs": (
+        lambda: Plan([Sync(peers=RandomPairs(), combine=MomentumGossip(3))]).check(4),
+        ["chi=None", "give the condition number"],
+    ),
+    "relays round a ring": (
+        lambda: Plan([Sync(peers=Ring(), combine=RelaySum())]).check(5),
+        ["peers=Ring()", "no tree", "Chain()"],
+    ),
+    "relayed codes": (lambda: Sync(codec=Difference(Int8()), combine=RelaySum()), ["combine=RelaySum()", "Identity()"]),
+    "pushed codes": (lambda: Sync(codec=Difference(Int8()), combine=PushSum()), ["combine=PushSum()", "Identity()"]),
+    "pushes before the step": (lambda: Sync(apply=Blocking("cta"), combine=PushSum()), ["order='atc'"]),
+    "repeated changes": (lambda: Sync(signal="delta", combine=Repeated(2)), ["signal='delta'", "signal='value'"]),
     "gradients over a ring": (
         lambda: Plan([Sync(what="gradients", peers=Ring())]).check(4),
         ["what='gradients'", "Complete()", "a sync of the parameters"],

@@ -152,12 +152,22 @@ class ProcessGroupWorld(World):
             (payload, out),
         )
 
-    def exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, int], label: str) -> Pending:
+    def exchange(
+        self,
+        send: Mapping[int, Tensor],
+        receive: Mapping[int, int],
+        label: str,
+        boxes: Mapping[int, Tensor] | None = None,
+    ) -> Pending:
         """See :meth:`World.exchange`."""
         nbytes = sum(t.nbytes for t in send.values())
         self.ledger.sent(label, nbytes)
         device = next((t.device for t in send.values()), torch.device("cpu"))
-        boxes = {j: torch.empty(length, dtype=torch.uint8, device=device) for j, length in sorted(receive.items())}
+        lent = boxes or {}
+        boxes = {
+            j: lent[j] if j in lent else torch.empty(length, dtype=torch.uint8, device=device)
+            for j, length in sorted(receive.items())
+        }
         self._tag = (self._tag + 1) % 65536  # gloo matches by tag, NCCL by order; both hold here
         ops = [dist.P2POp(dist.irecv, box, self._global(j), self.group, self._tag) for j, box in boxes.items()]
         ops += [dist.P2POp(dist.isend, t, self._global(j), self.group, self._tag) for j, t in sorted(send.items())]

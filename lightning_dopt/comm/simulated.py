@@ -131,7 +131,13 @@ class SimulatedWorld(World):
 
         return self._meet("all_gather", label, payload, finish, seconds)
 
-    def exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, int], label: str) -> Pending:
+    def exchange(
+        self,
+        send: Mapping[int, Tensor],
+        receive: Mapping[int, int],
+        label: str,
+        boxes: Mapping[int, Tensor] | None = None,
+    ) -> Pending:
         """See :meth:`World.exchange`."""
         nbytes = sum(t.nbytes for t in send.values())
         self.ledger.sent(label, nbytes)

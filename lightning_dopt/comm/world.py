@@ -68,10 +68,17 @@ class World(ABC):
         """Give every rank every rank's ``payload`` (1-D, equal sizes). Result: shape (size, len(payload))."""
 
     @abstractmethod
-    def exchange(self, send: Mapping[int, Tensor], receive: Mapping[int, int], label: str) -> Pending:
+    def exchange(
+        self,
+        send: Mapping[int, Tensor],
+        receive: Mapping[int, int],
+        label: str,
+        boxes: Mapping[int, Tensor] | None = None,
+    ) -> Pending:
         """Send 1-D ``uint8`` tensors to the ranks in ``send`` and get one of known length from each in ``receive``.
 
-        Result: ``{source: payload}``.
+        Result: ``{source: payload}``. Payloads may be written into ``boxes``, tensors of those lengths by source, which
+        then hold them until the caller lends them again.
         """
 
     @abstractmethod

@@ -29,6 +29,15 @@ class Memory(Codec):
     keys: tuple[str, ...]
     """Names of the state tensors."""
 
+    codes_values: bool = False
+    """Whether it makes lossy messages of whole values converge; others are for changes and gradients."""
+
+    needs_sum: bool = False
+    """Whether it needs the weighted sum of the messages, so that no other way to combine them will do."""
+
+    relative: bool = False
+    """Whether a message means something only beside the receiver's own value; see :meth:`localise`."""
+
     def __init__(self, codec: Compressor) -> None:
         if not isinstance(codec, Compressor):
             raise ValueError(f"{type(self).__name__}(codec={codec!r}): must be a compressor (memories do not nest)")
@@ -57,6 +66,10 @@ class Memory(Codec):
     @abstractmethod
     def sent(self, own: Tensor, state: dict[str, Tensor]) -> None:
         """Take note of ``own = C_i``, the scaled decoded message of this rank as the receivers see it."""
+
+    def localise(self, decoded: Tensor, signal: Tensor) -> Tensor:
+        """If :attr:`relative`: the sender's value, from what was decoded and this rank's own ``signal``."""
+        return decoded
 
     @abstractmethod
     def received(self, mixed: Tensor, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -116,6 +129,7 @@ class EF21(Memory):
     """
 
     keys: tuple[str, ...] = ("own", "mean")
+    needs_sum = True
 
     def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """``s - h``."""
@@ -187,6 +201,8 @@ class Difference(Memory):
     """
 
     keys = ("own", "mixed")
+    codes_values = True
+    needs_sum = True
 
     def __init__(self, codec: Compressor, gamma: float = 1.0) -> None:
         super().__init__(codec)
@@ -203,7 +219,7 @@ class Difference(Memory):
     def received(self, mixed: Tensor, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """``m <- m + mixed``; ``x + gamma (m - xh)``."""
         state["mixed"].add_(mixed)
-        return signal + (state["mixed"] - state["own"]).mul_(self.gamma)
+        return torch.sub(state["mixed"], state["own"], out=mixed).mul_(self.gamma).add_(signal)
 
 
 def as_compressor(codec: Codec) -> tuple[Compressor, Memory | None]:

@@ -36,6 +36,8 @@ class ExactDiffusion(Correction):
     Source: Yuan, Ying, Zhao, Sayed, "Exact Diffusion for Distributed Optimization and Learning".
     """
 
+    slots = frozenset({"parameters"})
+
     def __init__(self, kappa: float = 1.0) -> None:
         self.kappa = check_float("ExactDiffusion", "kappa", kappa, 0.0, 1.0, open_low=True)
 

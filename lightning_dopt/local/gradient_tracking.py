@@ -29,6 +29,8 @@ class GradientTracking(Correction):
     Source: Di Lorenzo, Scutari, "NEXT"; Nedic, Olshevsky, Shi, "DIGing".
     """
 
+    slots = frozenset({"gradients"})
+
     def __init__(self) -> None:
         pass
 

@@ -1,0 +1,20 @@
+"""Combine: how the messages of several ranks become one, and in how many exchanges."""
+
+from lightning_dopt.combine.base import Combine, Decode, Wire
+from lightning_dopt.combine.mixing import Median, Mixing
+from lightning_dopt.combine.push_sum import PushSum
+from lightning_dopt.combine.relay import RelaySum
+from lightning_dopt.combine.repeated import Chebyshev, MomentumGossip, Repeated
+
+__all__ = [
+    "Chebyshev",
+    "Combine",
+    "Decode",
+    "Median",
+    "Mixing",
+    "MomentumGossip",
+    "PushSum",
+    "RelaySum",
+    "Repeated",
+    "Wire",
+]
