@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from test_trainer_resume import noisy_net, run, same_from
 from torch import Tensor
-from trainer_tools import Regressor, Trace, adam, flat, on_ranks, regression, trainer
+from trainer_tools import Regressor, Trace, adam, flat, mlp, on_ranks, regression, trainer
 
-from lightning_dopt import Every, Int8, Plan, ReplicaStrategy, Sync, plans
+from lightning_dopt import AtEnd, Every, Int8, Plan, ReplicaStrategy, Sync, plans
 
 pytestmark = pytest.mark.trainer
 
@@ -320,3 +320,64 @@ def test_saving_after_fit_and_after_a_validation_that_followed(tmp_path: Path) -
         states = [torch.load(tag / f, weights_only=True)["state_dict"] for f in files(tag)]
         assert not torch.equal(states[0]["net.0.weight"], states[1]["net.0.weight"])
         close(torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"], averaged(states))
+
+
+def test_saving_after_fit_when_a_sync_of_the_optimizer_ended_it(tmp_path: Path) -> None:
+    """It changes the optimizer's state, too; the replicas' files hold it as it was before."""
+    ends = [Sync(when=AtEnd(), what=f"optimizer.{key}") for key in ("exp_avg", "exp_avg_sq")]
+    plan = Plan([Sync(when=Every(3)), *ends])
+
+    def job(rank: int) -> tuple[bool, Tensor]:
+        full, end, _ = run(plan)
+        _, _, fitter = run(plan, max_steps=4)
+        fitter.save_checkpoint(tmp_path / "4.ckpt")
+        ended_with = fitter.optimizers[0].state_dict()["state"][0]["exp_avg"].clone()
+        rest, again, _ = run(plan, tmp_path / "4.ckpt")
+        same_from(full, rest, 4)
+        assert torch.equal(again, end)
+        fitter.save_checkpoint(tmp_path / "4.ckpt")  # a second time, from the same fit
+        rest, again, _ = run(plan, tmp_path / "4.ckpt")
+        same_from(full, rest, 4)
+        return torch.equal(again, end), ended_with
+
+    (same, a), (also, b) = on_ranks(job)
+    assert same
+    assert also
+    saved = [torch.load(p, weights_only=True) for p in sorted(folders(tmp_path / "4.ckpt")[0].iterdir())]
+    own = [s["optimizer_states"][0]["state"][0]["exp_avg"] for s in saved]
+    assert not torch.equal(own[0], own[1])
+    assert not torch.equal(own[0], a)  # which the end of training changed
+    torch.testing.assert_close(a, (own[0] + own[1]) / 2)
+    assert torch.equal(a, b)
+
+
+def test_another_policy_for_buffers_is_refused_on_resume(tmp_path: Path) -> None:
+    """Where it matters: not without buffers, and another plan is named first."""
+
+    def job(rank: int) -> None:
+        def resume(policy: str, net: Any = noisy_net, plan: Plan = PLAN) -> Any:
+            fitter = trainer(ReplicaStrategy(plan=plan, buffers=policy), max_steps=3)
+            fitter.fit(Regressor(net), regression(), ckpt_path=tmp_path / f"{net.__name__}.ckpt")
+            return fitter.global_step
+
+        for net, policy, other in ((noisy_net, "average", "local"), (noisy_net, "local", "average")):
+            fitter = trainer(ReplicaStrategy(plan=PLAN, buffers=policy), max_steps=2)
+            fitter.fit(Regressor(net), regression())
+            fitter.save_checkpoint(tmp_path / f"{net.__name__}.ckpt")
+            words = (
+                rf"^ReplicaStrategy\(buffers='{other}'\): the checkpoint was written with buffers='{policy}'; "
+                rf"resume with buffers='{policy}'$"
+            )
+            with pytest.raises(ValueError, match=words):
+                resume(other)
+            with pytest.raises(
+                ValueError, match=r"^checkpoint was written by another plan: .*, this run has .*\(n=4\).*$"
+            ):
+                resume(other, plan=plans.local_sgd(4))
+            assert resume(policy) == 3
+        fitter = trainer(ReplicaStrategy(plan=PLAN), max_steps=2)
+        fitter.fit(Regressor(mlp), regression())
+        fitter.save_checkpoint(tmp_path / "mlp.ckpt")
+        assert resume("local", mlp) == 3
+
+    on_ranks(job)

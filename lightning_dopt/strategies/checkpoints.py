@@ -53,7 +53,7 @@ class ReplicaCheckpoints:
         """Training has ended: keep what it ended with, for checkpoints saved later."""
         self.resume.on_train_end(self.strategy.lightning_module.trainer)  # type: ignore[union-attr]
         self._final = self._own_state()
-        if any(sync.what.slot == "optimizer" for sync in self.strategy.plan):  # which Engine.finish may still run
+        if any(sync.what.slot == "optimizer" and sync.when.at_end for sync in self.strategy.plan):
             self._final["optimizer_states"] = copied(
                 [self.strategy.optimizer_state(o) for o in self.strategy.optimizers]
             )
