@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from packaging.version import Version
 from test_trainer_resume import same_from
 from torch import Tensor, nn
-from trainer_tools import Regressor, Trace, adam, counted_calls, fit, flat, on_ranks, regression, trainer
+from trainer_tools import Regressor, Trace, adam, counted_calls, fit, flat, on_ranks, regression, sgd, trainer
 
 from lightning_dopt import (
     Delay,
@@ -25,6 +25,7 @@ from lightning_dopt import (
     OnePeerExponential,
     Plan,
     ReplicaStrategy,
+    Simulation,
     Sync,
     plans,
 )
@@ -46,6 +47,10 @@ def loss_of(values: Tensor, data: Any) -> float:
     """Mean over the whole validation set."""
     with torch.no_grad():
         return float(set_flat(Regressor(), values).loss(data.dataset.tensors))
+
+
+def delayed(every: int, steps: int) -> Plan:
+    return Plan([Sync(when=Every(every), signal="delta", apply=Delay(steps))])
 
 
 class Seen(Callback):
@@ -158,6 +163,56 @@ def test_logged_numbers() -> None:
     assert metrics["comm/bytes"].dtype == torch.float64
     assert entries["consensus"].bytes == 0
     assert entries["consensus"].overhead > 0
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [plans.diloco(3), plans.diloco(2, codec=Int8()), plans.gossip(), plans.gossip(order="cta"), delayed(3, 2)],
+    ids=["diloco", "diloco_int8", "gossip", "gossip_cta", "delayed"],
+)
+def test_virtual_time_with_steps_of_given_length(plan: Plan) -> None:
+    """Bit-equal in two runs, and what ``Simulation`` says; two micro-batches are one step."""
+    link, seconds, steps = Link(mbit=0.01, ms=30.0), 0.07, 7
+
+    class Reads(Callback):
+        def __init__(self) -> None:
+            self.rows: list[tuple[float, float]] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step > len(self.rows):
+                metrics = trainer.logged_metrics
+                self.rows.append((float(metrics["comm/link_s"]), float(metrics["comm/link_stall_s"])))
+
+    def job(rank: int) -> Any:
+        out = []
+        for batches in (1, 2):
+            reads = Reads()
+            strategy = ReplicaStrategy(plan=plan, link=link, link_step_seconds=seconds)
+            fitter = trainer(
+                strategy, max_steps=steps, max_epochs=-1, callbacks=[reads], accumulate_grad_batches=batches
+            )
+            fitter.fit(Regressor(), regression(128))
+            out.append(reads.rows)
+        return out
+
+    def no_gradient(rank: int, parameters: dict[str, Tensor], step: int) -> None:
+        for p in parameters.values():
+            p.grad = torch.zeros_like(p)
+
+    (a, accumulated), (b, _) = on_ranks(job)
+    assert a == b == accumulated
+    simulation = Simulation(plan, 2, lambda rank: dict(Regressor().named_parameters()), no_gradient, sgd, link, seconds)
+    clock = simulation.worlds[0].clock
+    assert clock is not None
+    expected = []
+    for _ in range(steps):
+        simulation.run(1)
+        expected.append((clock.now, clock.stall_s))
+    assert len(a) == steps
+    assert a[-1][1] > 0.03
+    assert a[-1][0] == pytest.approx(steps * seconds + a[-1][1], rel=1e-12)
+    for got, want in zip(a, expected, strict=True):
+        assert got == want
 
 
 @pytest.mark.skipif(

@@ -64,13 +64,14 @@ def test_named_strategies_say_what_their_plans_say() -> None:
     }
     rest = {
         "evaluate": "local", "buffers": "local", "measure_every": 3, "link": Link(mbit=1.0),
-        "timeout": timedelta(seconds=70), "process_group_backend": "gloo", "start_method": "fork",
+        "link_step_seconds": 0.5, "timeout": timedelta(seconds=70), "process_group_backend": "gloo", "start_method": "fork",
     }  # fmt: skip
     for name, options in given.items():
         strategy = NAMES[name](**options, **rest)
         assert strategy.plan == getattr(plans, name)(**options)
         assert (strategy.evaluate, strategy.buffer_policy, strategy.measure_every) == ("local", "local", 3)
-        assert (strategy.link, strategy.timeout) == (Link(mbit=1.0), timedelta(seconds=70))
+        assert (strategy.link, strategy.link_step_seconds) == (Link(mbit=1.0), 0.5)
+        assert strategy.timeout == timedelta(seconds=70)
         assert (strategy.process_group_backend, strategy._start_method) == ("gloo", "fork")
     assert NAMES["gossip"](order="cta").plan == plans.gossip(order="cta")
     assert NAMES["gossip"](correction="exact_diffusion").plan == plans.gossip(correction="exact_diffusion")
@@ -156,6 +157,10 @@ def test_what_is_refused_before_processes_start() -> None:
         (key,) = options
         with pytest.raises(ValueError, match=rf"^ReplicaStrategy\({key}=.*") as error:
             ReplicaStrategy(**options)
+        assert "\n" not in str(error.value)
+    for seconds, link in ((-0.1, Link(mbit=1.0)), (float("nan"), Link(mbit=1.0)), (0.1, None)):
+        with pytest.raises(ValueError, match=r"^DiLoCoStrategy\(link_step_seconds=.*") as error:
+            dopt.DiLoCoStrategy(link=link, link_step_seconds=seconds)
         assert "\n" not in str(error.value)
     with pytest.raises(TypeError, match="sync_evry"):
         dopt.LocalSGDStrategy(sync_evry=3)

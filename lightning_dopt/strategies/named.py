@@ -25,6 +25,7 @@ class LocalSGDStrategy(ReplicaStrategy):
         buffers: See :class:`ReplicaStrategy`.
         measure_every: See :class:`ReplicaStrategy`.
         link: See :class:`ReplicaStrategy`.
+        link_step_seconds: See :class:`ReplicaStrategy`.
         timeout: See :class:`ReplicaStrategy`.
         process_group_backend: See :class:`ReplicaStrategy`.
         start_method: See :class:`ReplicaStrategy`.
@@ -37,6 +38,7 @@ class LocalSGDStrategy(ReplicaStrategy):
         buffers: BufferPolicy = "average",
         measure_every: int = 0,
         link: Link | None = None,
+        link_step_seconds: float | None = None,
         timeout: timedelta = HALF_HOUR,
         process_group_backend: str | None = None,
         start_method: StartMethod = "popen",
@@ -47,6 +49,7 @@ class LocalSGDStrategy(ReplicaStrategy):
             buffers=buffers,
             measure_every=measure_every,
             link=link,
+            link_step_seconds=link_step_seconds,
             timeout=timeout,
             process_group_backend=process_group_backend,
             start_method=start_method,
@@ -67,6 +70,7 @@ class DiLoCoStrategy(ReplicaStrategy):
         buffers: See :class:`ReplicaStrategy`.
         measure_every: See :class:`ReplicaStrategy`.
         link: See :class:`ReplicaStrategy`.
+        link_step_seconds: See :class:`ReplicaStrategy`.
         timeout: See :class:`ReplicaStrategy`.
         process_group_backend: See :class:`ReplicaStrategy`.
         start_method: See :class:`ReplicaStrategy`.
@@ -84,6 +88,7 @@ class DiLoCoStrategy(ReplicaStrategy):
         buffers: BufferPolicy = "average",
         measure_every: int = 0,
         link: Link | None = None,
+        link_step_seconds: float | None = None,
         timeout: timedelta = HALF_HOUR,
         process_group_backend: str | None = None,
         start_method: StartMethod = "popen",
@@ -94,6 +99,7 @@ class DiLoCoStrategy(ReplicaStrategy):
             buffers=buffers,
             measure_every=measure_every,
             link=link,
+            link_step_seconds=link_step_seconds,
             timeout=timeout,
             process_group_backend=process_group_backend,
             start_method=start_method,
@@ -112,6 +118,7 @@ class GossipStrategy(ReplicaStrategy):
         buffers: See :class:`ReplicaStrategy`.
         measure_every: See :class:`ReplicaStrategy`.
         link: See :class:`ReplicaStrategy`.
+        link_step_seconds: See :class:`ReplicaStrategy`.
         timeout: See :class:`ReplicaStrategy`.
         process_group_backend: See :class:`ReplicaStrategy`.
         start_method: See :class:`ReplicaStrategy`.
@@ -127,6 +134,7 @@ class GossipStrategy(ReplicaStrategy):
         buffers: BufferPolicy = "average",
         measure_every: int = 0,
         link: Link | None = None,
+        link_step_seconds: float | None = None,
         timeout: timedelta = HALF_HOUR,
         process_group_backend: str | None = None,
         start_method: StartMethod = "popen",
@@ -137,6 +145,7 @@ class GossipStrategy(ReplicaStrategy):
             buffers=buffers,
             measure_every=measure_every,
             link=link,
+            link_step_seconds=link_step_seconds,
             timeout=timeout,
             process_group_backend=process_group_backend,
             start_method=start_method,
@@ -152,6 +161,7 @@ class CompressedDDPStrategy(ReplicaStrategy):
         buffers: See :class:`ReplicaStrategy`.
         measure_every: See :class:`ReplicaStrategy`.
         link: See :class:`ReplicaStrategy`.
+        link_step_seconds: See :class:`ReplicaStrategy`.
         timeout: See :class:`ReplicaStrategy`.
         process_group_backend: See :class:`ReplicaStrategy`.
         start_method: See :class:`ReplicaStrategy`.
@@ -164,6 +174,7 @@ class CompressedDDPStrategy(ReplicaStrategy):
         buffers: BufferPolicy = "average",
         measure_every: int = 0,
         link: Link | None = None,
+        link_step_seconds: float | None = None,
         timeout: timedelta = HALF_HOUR,
         process_group_backend: str | None = None,
         start_method: StartMethod = "popen",
@@ -174,6 +185,7 @@ class CompressedDDPStrategy(ReplicaStrategy):
             buffers=buffers,
             measure_every=measure_every,
             link=link,
+            link_step_seconds=link_step_seconds,
             timeout=timeout,
             process_group_backend=process_group_backend,
             start_method=start_method,
@@ -188,6 +200,7 @@ class LoFiStrategy(ReplicaStrategy):
         buffers: See :class:`ReplicaStrategy`.
         measure_every: See :class:`ReplicaStrategy`.
         link: See :class:`ReplicaStrategy`.
+        link_step_seconds: See :class:`ReplicaStrategy`.
         timeout: See :class:`ReplicaStrategy`.
         process_group_backend: See :class:`ReplicaStrategy`.
         start_method: See :class:`ReplicaStrategy`.
@@ -199,6 +212,7 @@ class LoFiStrategy(ReplicaStrategy):
         buffers: BufferPolicy = "average",
         measure_every: int = 0,
         link: Link | None = None,
+        link_step_seconds: float | None = None,
         timeout: timedelta = HALF_HOUR,
         process_group_backend: str | None = None,
         start_method: StartMethod = "popen",
@@ -209,6 +223,7 @@ class LoFiStrategy(ReplicaStrategy):
             buffers=buffers,
             measure_every=measure_every,
             link=link,
+            link_step_seconds=link_step_seconds,
             timeout=timeout,
             process_group_backend=process_group_backend,
             start_method=start_method,

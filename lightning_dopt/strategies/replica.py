@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dopt._checks import check_choice, check_int
+from lightning_dopt._checks import check_choice, check_float, check_int
 from lightning_dopt.comm import Link, ProcessGroupWorld
 from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.comm.link import LinkClock
@@ -52,6 +52,10 @@ class ReplicaStrategy(DDPStrategy):
             all-reduce of the model each; 0 measures at validation only.
         link: Also keep a virtual clock as if all ranks were connected by such links: ``comm/link_s`` is the time the run
             would have taken so far (measured computing, modelled messages), ``comm/link_stall_s`` how much of it is waiting.
+            A rank's clock knows its own messages only: where ranks are equally fast and send equally much in each round it
+            gives the time of ``Simulation``, elsewhere it does not wait for a late peer.
+        link_step_seconds: Seconds of computing per optimizer step for that clock, as ``step_seconds`` of ``Simulation``;
+            then ``comm/link_s`` depends on the plan and the model only. ``None`` measures them.
         timeout: How long a rank waits for others before it gives up.
         process_group_backend: ``"gloo"``, ``"nccl"``; ``None`` picks by device.
         start_method: How Lightning starts the processes.
@@ -74,6 +78,7 @@ class ReplicaStrategy(DDPStrategy):
         clock: int = 0,
         measure_every: int = 0,
         link: Link | None = None,
+        link_step_seconds: float | None = None,
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
         start_method: StartMethod = "popen",
@@ -91,6 +96,7 @@ class ReplicaStrategy(DDPStrategy):
         self.buffer_policy = check_choice(name, "buffers", buffers, ("average", "local"))
         self.clock_index = check_int(name, "clock", clock, 0)
         self.measure_every = check_int(name, "measure_every", measure_every, 0)
+        self.link_step_seconds = _seconds(name, link_step_seconds, link)
         check_choice(name, "start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         if timeout <= timedelta(0):
             raise ValueError(f"{name}(timeout={timeout!r}): must be longer than zero")
@@ -166,7 +172,7 @@ class ReplicaStrategy(DDPStrategy):
         inner = [_private.unwrap_optimizer(o) for o in self.optimizers]
         self._index = OptimizerIndex(module, inner, self.clock_index)
         self.engine = start.make_engine(self.plan, module, self._index, world, self.buffer_policy == "average")
-        self.consensus, self._meter = ConsensusModel(self.engine), Meter(world)
+        self.consensus, self._meter = ConsensusModel(self.engine), Meter(world, self.link_step_seconds)
         self._checkpoints.begin()
         self._undo_quiet = StopSignal(trainer, self.engine.meets, self._answers).undo
         if self.evaluate == "consensus":
@@ -203,7 +209,7 @@ class ReplicaStrategy(DDPStrategy):
 
         def closure_and_sync() -> Any:
             out = closure()
-            meter.computed()
+            meter.computed_gradients() if clock else meter.computed()
             engine.run(engine.on_gradients(self._loss_scale(), index if self._index.several else 0))
             return out
 
@@ -375,3 +381,11 @@ class ReplicaStrategy(DDPStrategy):
 
 def _nothing() -> None:
     pass
+
+
+def _seconds(name: str, seconds: float | None, link: Link | None) -> float | None:
+    if seconds is None:
+        return None
+    if link is None:
+        raise ValueError(f"{name}(link_step_seconds={seconds!r}): sets a clock that only link=Link(...) starts")
+    return check_float(name, "link_step_seconds", seconds, 0.0)
