@@ -323,7 +323,7 @@ def test_summary_of_a_changing_graph() -> None:
 
 
 def test_names() -> None:
-    assert len(names()) == 18
+    assert len(names()) == 28
     assert by_name("one_peer_exponential") == by_name("OnePeerExponential") == OnePeerExponential()
     assert by_name("erdos_renyi") == ErdosRenyi()
     with pytest.raises(ValueError, match=r"^by_name\(name='rign'\): must be one of complete, ring, directed_ring, .*"):

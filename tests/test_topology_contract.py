@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
+import tempfile
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,30 +14,46 @@ import torch
 
 import lightning_dopt.topology as topology_package
 from lightning_dopt.topology import (
+    AlternatingRing,
+    BaseGraph,
+    BipartiteExponential,
     Chain,
     Complete,
+    CycleThrough,
+    DEquiStatic,
+    Directed,
     DirectedRing,
     ErdosRenyi,
     Exponential,
     FromAdjacency,
+    FromFile,
     FromMatrix,
     Grid,
     Hierarchical,
     Hypercube,
+    HyperHypercube,
+    InnerOuter,
     Lazy,
+    MatchingsOf,
+    MoshpitGrid,
     NodeWeighted,
+    ODEquiDyn,
     OnePeerExponential,
     OnePeerHypercube,
+    OUEquiDyn,
     RandomPairs,
+    RandomPull,
     RandomRegular,
     Ring,
     RoundRobin,
     SmallWorld,
     Star,
+    Switch,
     SymmetricExponential,
     Topology,
     Torus,
     Tree,
+    UEquiStatic,
     WeightedMean,
     by_name,
     check_matrix,
@@ -45,6 +64,11 @@ from lightning_dopt.topology import (
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16)
 OWN_LINKS = [[1, 2], [0, 2], [0, 1, 3], [2, 4], [3]]
 OWN_ENTRIES = [[0.5, 0.0, 0.5, 0.0], [0.25, 0.75, 0.0, 0.0], [0.0, 0.1, 0.2, 0.7], [1 / 3, 0.0, 0.0, 2 / 3]]
+PUSH_LINKS = [[1, 2], [2], [3], [4, 0], [0]]
+FILES = Path(tempfile.mkdtemp())
+MATRIX_FILE, GRAPH_FILE = str(FILES / "matrix.json"), str(FILES / "graph.csv")
+Path(MATRIX_FILE).write_text(json.dumps(OWN_ENTRIES))
+Path(GRAPH_FILE).write_text("0,1,0\n1,0,1\n0,1,0\n")
 TOPOLOGIES: list[Topology] = [
     *(by_name(name) for name in names()),
     Ring(hops=2),
@@ -72,6 +96,36 @@ TOPOLOGIES: list[Topology] = [
     Lazy(OnePeerExponential()),
     Lazy(RandomPairs()),
     Lazy(FromMatrix(OWN_ENTRIES)),
+    DEquiStatic(peers=3, seed=3),
+    UEquiStatic(peers=2, seed=1),
+    ODEquiDyn(eta=1.0),
+    ODEquiDyn(peers=2, seed=5),
+    OUEquiDyn(eta=0.53, seed=2),
+    OnePeerExponential(peers=2),
+    HyperHypercube(k=2),
+    BaseGraph(k=2),
+    BaseGraph(k=3),
+    MoshpitGrid(dims=3),
+    MoshpitGrid(dims=[3, 3]),
+    MatchingsOf(Chain()),
+    MatchingsOf(Torus(), seed=3),
+    RandomPull(p=1.0, seed=2),
+    CycleThrough(Exponential()),
+    CycleThrough(Ring()),
+    CycleThrough(Torus(rows=2)),
+    InnerOuter(1),
+    InnerOuter(3),
+    InnerOuter(4),
+    Switch([(7, Lazy(Ring())), (9, OnePeerExponential()), (None, Complete())]),
+    Switch([(None, RandomPairs())]),
+    Switch([(3, RandomPairs()), (None, FromMatrix(OWN_ENTRIES))]),
+    Directed(PUSH_LINKS),
+    Directed(PUSH_LINKS, weights="pull"),
+    Directed([[1], [2], [0]]),
+    FromFile(MATRIX_FILE),
+    FromFile(GRAPH_FILE, weights="lazy"),
+    Lazy(Directed(PUSH_LINKS)),
+    Hierarchical(2, Directed([[1], [2], [0, 1]])),
     NodeWeighted(Ring(), [0.1, 0.2, 0.3, 0.4]),
     WeightedMean([0.1, 0.2, 0.3, 0.4]),
 ]
@@ -110,9 +164,12 @@ def expected_sizes(topology: Topology) -> list[int]:
     inner = topology
     while isinstance(inner, Lazy):
         inner = inner.topology
+    even = [1, 2, 4, 6, 8, 16]
     some = {
         Hypercube: [1, 2, 4, 8, 16],
         OnePeerHypercube: [1, 2, 4, 8, 16],
+        AlternatingRing: even,
+        BipartiteExponential: even,
         FromAdjacency: [5],
         FromMatrix: [4],
         NodeWeighted: [4],
@@ -120,10 +177,22 @@ def expected_sizes(topology: Topology) -> list[int]:
     }
     if isinstance(inner, RandomRegular):
         return [2] if inner.k == 1 else [n for n in SIZES if n > inner.k and n * inner.k % 2 == 0]
-    if isinstance(inner, Hierarchical):
+    if isinstance(inner, HyperHypercube):
+        return [n for n in SIZES if n in {1: (1, 2, 4, 8, 16), 2: (1, 2, 3, 4, 6, 8, 9, 16)}[inner.k]]
+    if isinstance(inner, Hierarchical) and isinstance(inner.between, Directed):
+        return [6]
+    if isinstance(inner, (Hierarchical, InnerOuter)):
         return [n for n in SIZES if n % inner.local == 0]
-    if isinstance(inner, Torus) and isinstance(inner.dims, list):
+    if isinstance(inner, CycleThrough) and isinstance(inner.graph, Torus):
+        return even[1:]
+    if isinstance(inner, (Torus, MoshpitGrid)) and isinstance(inner.dims, list):
         return [math.prod(inner.dims)]
+    if isinstance(inner, Switch) and len(inner.phases) == 2:
+        return [4]
+    if isinstance(inner, Directed):
+        return [len(inner.links)]
+    if isinstance(inner, FromFile):
+        return [4] if inner.path == MATRIX_FILE else [3]
     return some.get(type(inner), list(SIZES))
 
 
@@ -133,7 +202,8 @@ def test_the_sizes_that_exist_are_the_expected_ones(topology: Topology) -> None:
 
 
 @for_every_topology
-def test_rows_are_positive_and_sum_to_one(topology: Topology) -> None:
+def test_weights_are_positive_and_sum_to_one(topology: Topology) -> None:
+    """Along rows, or along columns where push-sum is needed."""
     for n in sizes(topology):
         for step in rounds(topology, n):
             for rank in range(n):
@@ -141,7 +211,10 @@ def test_rows_are_positive_and_sum_to_one(topology: Topology) -> None:
                 assert set(row) <= set(range(n))
                 assert row[rank] > 0
                 assert min(row.values()) > 0
-                assert sum(row.values()) == pytest.approx(1, abs=1e-12)
+                if topology.row_stochastic(n):
+                    assert sum(row.values()) == pytest.approx(1, abs=1e-12)
+            if not topology.row_stochastic(n):
+                assert topology.matrix(n, step).sum(0).tolist() == pytest.approx([1] * n, abs=1e-12)
 
 
 @for_every_topology
@@ -161,8 +234,10 @@ def test_receivers_are_the_columns_of_the_matrix(topology: Topology) -> None:
 def test_declared_properties_are_those_of_the_matrices(topology: Topology) -> None:
     for n in sizes(topology):
         checks = [check_matrix(topology.matrix(n, step)) for step in rounds(topology, n)]
-        assert all(check.row_stochastic for check in checks)
-        assert topology.doubly_stochastic(n) == all(check.column_stochastic for check in checks)
+        rows, columns = topology.row_stochastic(n), topology.column_stochastic(n)
+        assert rows == all(check.row_stochastic for check in checks)
+        assert columns == all(check.column_stochastic for check in checks)
+        assert topology.doubly_stochastic(n) == (rows and columns)
         assert topology.symmetric(n) == all(check.symmetric for check in checks)
 
 
@@ -172,7 +247,17 @@ def test_stationary_weights_are_kept_by_every_round(topology: Topology) -> None:
         weights = torch.tensor(topology.stationary(n), dtype=torch.float64)
         assert weights.min() > 0
         assert float(weights.sum()) == pytest.approx(1, abs=1e-12)
-        for step in rounds(topology, n):
+        if not topology.row_stochastic(n):
+            assert topology.stationary(n) == [1 / n] * n
+            weights = torch.ones(n, dtype=torch.float64)  # what is kept is the sum
+        if isinstance(topology, RandomPull):
+            found = [weights @ topology.matrix(n, step) for step in range(400)]
+            torch.testing.assert_close(sum(found) / 400, weights, rtol=0, atol=0.08)
+            continue
+        first = (
+            3 if isinstance(topology, Switch) and len(topology.phases) == 2 else 0
+        )  # earlier rounds keep another mean
+        for step in rounds(topology, n)[first:]:
             torch.testing.assert_close(weights @ topology.matrix(n, step), weights, rtol=0, atol=1e-12)
 
 
@@ -216,8 +301,12 @@ def test_links_of_a_period_connect_everybody(topology: Topology) -> None:
 def test_a_period_shrinks_every_disagreement(topology: Topology) -> None:
     for n in sizes(topology):
         once = product(topology, n, topology.period(n) or 200).matrix
-        total = torch.linalg.matrix_power(once, 200)
+        total = once if isinstance(topology, Switch) else torch.linalg.matrix_power(once, 200)
         mean = torch.tensor(topology.stationary(n), dtype=torch.float64).expand(n, n)
+        if not topology.row_stochastic(n):
+            total = total / total.sum(1, keepdim=True)  # push-sum divides by ones mixed in the same way
+        if isinstance(topology, RandomPull):
+            mean = total.mean(0).expand(n, n)
         assert float((total - mean).abs().max()) < 0.05
 
 
@@ -258,8 +347,7 @@ def test_directed_graphs_must_say_who_hears_a_rank() -> None:
 
 
 def test_every_class_is_covered() -> None:
-    import lightning_dopt.topology as module
-
+    module = topology_package
     classes = {getattr(module, name) for name in module.__all__ if isinstance(getattr(module, name), type)}
     concrete = {c for c in classes if issubclass(c, Topology) and not c.__abstractmethods__}
     assert {type(t) for t in TOPOLOGIES} == concrete

@@ -2,8 +2,20 @@
 
 from lightning_dopt.topology.base import Topology
 from lightning_dopt.topology.custom import FromAdjacency, FromMatrix
-from lightning_dopt.topology.dynamic import OnePeerHypercube, RandomPairs, RoundRobin
+from lightning_dopt.topology.directed import Directed, Sharing
+from lightning_dopt.topology.directed_dynamic import CycleThrough, InnerOuter, RandomPull
+from lightning_dopt.topology.dynamic import (
+    AlternatingRing,
+    BipartiteExponential,
+    MatchingsOf,
+    OnePeerHypercube,
+    RandomPairs,
+    RoundRobin,
+)
+from lightning_dopt.topology.equi import DEquiStatic, ODEquiDyn, OUEquiDyn, UEquiStatic
 from lightning_dopt.topology.exponential import DirectedRing, Exponential, OnePeerExponential
+from lightning_dopt.topology.finite_time import BaseGraph, HyperHypercube, MoshpitGrid
+from lightning_dopt.topology.from_file import FromFile
 from lightning_dopt.topology.hierarchical import Hierarchical
 from lightning_dopt.topology.lattice import Grid, Torus
 from lightning_dopt.topology.node_weights import NodeRule, NodeWeighted, WeightedMean
@@ -22,6 +34,7 @@ from lightning_dopt.topology.spectrum import (
     summary,
 )
 from lightning_dopt.topology.static import Chain, Complete, Hypercube, Ring, Star, SymmetricExponential, Tree
+from lightning_dopt.topology.switch import Switch
 from lightning_dopt.topology.weighted_space import WeightedReport, weighted_report
 from lightning_dopt.topology.weights import Lazy, UndirectedGraph, WeightRule
 
@@ -44,12 +57,29 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: contract, graphs, wrappe
     "RandomRegular",
     "SmallWorld",
     "Hierarchical",
+    "DEquiStatic",
+    "UEquiStatic",
     "OnePeerExponential",
     "OnePeerHypercube",
+    "HyperHypercube",
+    "BaseGraph",
+    "MoshpitGrid",
     "RandomPairs",
     "RoundRobin",
+    "AlternatingRing",
+    "BipartiteExponential",
+    "MatchingsOf",
+    "ODEquiDyn",
+    "OUEquiDyn",
+    "RandomPull",
+    "CycleThrough",
+    "InnerOuter",
+    "Switch",
+    "Directed",
+    "Sharing",
     "FromAdjacency",
     "FromMatrix",
+    "FromFile",
     "Lazy",
     "NodeWeighted",
     "NodeRule",

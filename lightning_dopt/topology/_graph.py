@@ -3,13 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_dopt._checks import check_int
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+class GraphLike(Protocol):
+    """What is read of a networkx graph."""
+
+    @property
+    def nodes(self) -> Iterable[Hashable]:
+        """The nodes, in the order of the ranks."""
+
+    @property
+    def edges(self) -> Iterable[Sequence[Hashable]]:
+        """The edges; the first two items of each are its ends."""
+
+    def is_directed(self) -> bool:
+        """Whether an edge leads from its first end to its second only."""
+
+
+def links_of(owner: str, graph: GraphLike) -> list[list[int]]:
+    """For every rank the ranks that ``graph`` links it to, without loops, each once.
+
+    Raises:
+        ValueError: the graph has no nodes.
+    """
+    nodes = list(graph.nodes)
+    if not nodes:
+        raise ValueError(f"{owner}: the graph has no nodes; must have one for every rank")
+    if set(nodes) == set(range(len(nodes))):
+        nodes = list(range(len(nodes)))
+    place = {node: rank for rank, node in enumerate(nodes)}
+    found: list[set[int]] = [set() for _ in nodes]
+    for edge in graph.edges:
+        a, b = place[edge[0]], place[edge[1]]
+        found[a].add(b)
+        if not graph.is_directed():
+            found[b].add(a)
+    return [sorted(row - {rank}) for rank, row in enumerate(found)]
+
+
+def check_size(owner: str, size: int, n: int) -> None:
+    """Raise ``ValueError`` in one line if a graph given for ``size`` workers is asked for another number."""
+    check_int(owner, "n", n, 1)
+    if n != size:
+        raise ValueError(f"{owner}(n={n}): the graph was given for {size} workers and exists for {size} only")
 
 
 def random_bits(*key: int) -> int:

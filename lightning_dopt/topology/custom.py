@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_dopt._checks import check_int
-from lightning_dopt.topology._graph import stationary_weights, strongly_connected
+from lightning_dopt.topology._graph import GraphLike, check_size, links_of, stationary_weights, strongly_connected
 from lightning_dopt.topology.base import Topology
 from lightning_dopt.topology.weights import UndirectedGraph, WeightRule
 
@@ -29,6 +28,20 @@ class FromAdjacency(UndirectedGraph):
         self.links = [sorted(row) for row in links]
         self._check_links()
 
+    @classmethod
+    def from_networkx(cls, graph: GraphLike, weights: WeightRule = "metropolis") -> FromAdjacency:
+        """The links of an undirected networkx graph, or of anything with ``nodes``, ``edges`` and ``is_directed()``.
+
+        Ranks are the node numbers if the nodes are 0 to n - 1, otherwise the places in ``graph.nodes``. Loops and
+        repeated edges are dropped (every rank keeps a weight for itself anyway), edge weights are not read.
+
+        Raises:
+            ValueError: as the constructor, or the graph is directed or has no nodes.
+        """
+        if graph.is_directed():
+            raise ValueError("FromAdjacency: the graph is directed; use Directed.from_networkx")
+        return cls(links_of("FromAdjacency", graph), weights)
+
     def _check_links(self) -> None:
         n = len(self.links)
         if n == 0:
@@ -48,7 +61,7 @@ class FromAdjacency(UndirectedGraph):
 
     def check(self, n: int) -> None:
         """Raise ``ValueError`` if ``n`` is not the number of ranks in ``links``."""
-        _check_size("FromAdjacency", len(self.links), n)
+        check_size("FromAdjacency", len(self.links), n)
 
     def adjacent(self, n: int, rank: int) -> list[int]:
         """The given links of ``rank``."""
@@ -96,7 +109,7 @@ class FromMatrix(Topology):
 
     def check(self, n: int) -> None:
         """Raise ``ValueError`` if ``n`` is not the number of rows."""
-        _check_size("FromMatrix", len(self.entries), n)
+        check_size("FromMatrix", len(self.entries), n)
 
     def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
         """The positive entries of the given row, divided by their sum."""
@@ -125,9 +138,3 @@ class FromMatrix(Topology):
         if self.doubly_stochastic(n):
             return [1.0 / n] * n
         return stationary_weights(self.matrix(n))
-
-
-def _check_size(owner: str, size: int, n: int) -> None:
-    check_int(owner, "n", n, 1)
-    if n != size:
-        raise ValueError(f"{owner}(n={n}): the graph was given for {size} workers and exists for {size} only")

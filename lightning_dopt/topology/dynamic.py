@@ -9,6 +9,7 @@ from lightning_dopt._checks import check_int
 from lightning_dopt.topology._graph import log2_ceil, random_bits
 from lightning_dopt.topology.base import Topology
 from lightning_dopt.topology.static import check_power_of_two
+from lightning_dopt.topology.weights import UndirectedGraph
 
 
 class _Matching(Topology):
@@ -107,6 +108,113 @@ class RoundRobin(_Matching):
         if opponent != rank:
             return opponent
         return fixed if fixed < n else rank
+
+
+class AlternatingRing(_Matching):
+    """A ring of an even number of ranks whose links take turns: ``2k`` with ``2k + 1``, then ``2k + 1`` with ``2k + 2``.
+
+    Two messages in two rounds where :class:`Ring` sends four, at a comparable rate per message.
+
+    Raises:
+        ValueError: from ``check``, an odd number of workers other than 1.
+    """
+
+    def check(self, n: int) -> None:
+        """Raise ``ValueError`` if ``n`` is odd and not 1."""
+        super().check(n)
+        check_even("AlternatingRing", n)
+
+    def period(self, n: int) -> int:
+        """2, or 1 where both rounds are the same."""
+        return 1 if n <= 2 else 2
+
+    def partner(self, n: int, rank: int, step: int) -> int:
+        """The next rank or the one before, in turn."""
+        return (rank + (1 if (rank + step) % 2 == 0 else -1)) % n
+
+
+class BipartiteExponential(_Matching):
+    """Odd ranks meet even ranks at the distances 1, 3, 5, 9, 17, ... (one and one plus each power of two) in turn.
+
+    A perfect matching in every round. All links join an odd and an even rank, so that odd ones can always start an
+    exchange and even ones answer, and nobody waits in a circle: the graph of asynchronous pairwise averaging.
+
+    Source: Lian et al., "Asynchronous Decentralized Parallel Stochastic Gradient Descent" (2018); offsets: Assran et
+    al., "Stochastic Gradient Push for Distributed Deep Learning" (2019).
+
+    Raises:
+        ValueError: from ``check``, an odd number of workers other than 1.
+    """
+
+    def check(self, n: int) -> None:
+        """Raise ``ValueError`` if ``n`` is odd and not 1."""
+        super().check(n)
+        check_even("BipartiteExponential", n)
+
+    def period(self, n: int) -> int:
+        """The number of distances below ``n``, at least 1."""
+        return 1 if n <= 2 else (n - 2).bit_length()
+
+    def partner(self, n: int, rank: int, step: int) -> int:
+        """The rank at the distance of the round: ahead of odd ranks, behind even ones."""
+        turn = step % self.period(n)
+        distance = 1 if turn == 0 else 1 + (1 << turn)
+        return (rank + (distance if rank % 2 else -distance)) % n
+
+
+class MatchingsOf(_Matching):
+    """A fresh random matching of a fixed graph's links every round: one partner at most, neighbours only.
+
+    Links are visited in an order drawn from ``(seed, step)`` and taken if both ends are free, so that no link is left
+    whose ends both idle. The gossip of :class:`RandomPairs` for networks in which not everybody can reach everybody.
+
+    Args:
+        graph: the links that exist, such as ``Torus()``; its weights do not matter.
+        seed: selects the sequence of matchings, at least 0.
+
+    Raises:
+        ValueError: ``graph`` is not an undirected graph, a negative or non-integer seed; from ``check``, the graph does
+            not exist for the number of workers.
+    """
+
+    def __init__(self, graph: UndirectedGraph, seed: int = 0) -> None:
+        if not isinstance(graph, UndirectedGraph):
+            raise ValueError(f"MatchingsOf(graph={graph!r}): must be an undirected graph such as Torus()")
+        self.graph = graph
+        self.seed = check_int("MatchingsOf", "seed", seed, 0)
+
+    def check(self, n: int) -> None:
+        """Raise ``ValueError`` if the graph does not exist for ``n`` workers."""
+        self.graph.check(n)
+
+    def period(self, n: int) -> int | None:
+        """``None``, or 1 where there is only one matching."""
+        return 1 if n <= 2 else None
+
+    def partner(self, n: int, rank: int, step: int) -> int:
+        """The partner in the matching drawn for this round."""
+        return _matching_of(self.graph, self.seed, n, step)[rank]
+
+
+def check_even(owner: str, n: int) -> None:
+    """Raise ``ValueError`` in one line, in the name of ``owner``, if ``n`` is odd and not 1."""
+    if n > 1 and n % 2:
+        raise ValueError(f"{owner}(n={n}): the number of workers must be even; RoundRobin() takes any")
+
+
+@lru_cache(maxsize=64)
+def _edges(graph: UndirectedGraph, n: int) -> tuple[tuple[int, int], ...]:
+    return tuple((i, j) for i in range(n) for j in graph.adjacent(n, i) if i < j)
+
+
+@lru_cache(maxsize=256)
+def _matching_of(graph: UndirectedGraph, seed: int, n: int, step: int) -> tuple[int, ...]:
+    """The partner of every rank: take links in the order of a random key each as long as both ends are free."""
+    partners = list(range(n))
+    for i, j in sorted(_edges(graph, n), key=lambda ends: (random_bits(seed, step, *ends), ends)):
+        if partners[i] == i and partners[j] == j:
+            partners[i], partners[j] = j, i
+    return tuple(partners)
 
 
 @lru_cache(maxsize=256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+from lightning_dopt._checks import check_int
 from lightning_dopt.topology._graph import log2_ceil
 from lightning_dopt.topology.base import Topology
 
@@ -70,19 +71,34 @@ class Exponential(_Circulant):
 
 
 class OnePeerExponential(_Circulant):
-    """One receiver per round: in round ``t`` rank ``i`` sends to ``i + 2**(t mod tau)``, with ``tau = ceil(log2 n)``.
+    """Few receivers per round: in round ``t`` rank ``i`` sends to ``i + j (p + 1)**(t mod tau)`` for ``j = 1..p``.
 
-    Weights 1/2 for itself and the one rank heard. If ``n`` is a power of two, ``tau`` rounds in a row give the exact
-    mean; otherwise they only come close. A single round may not contract at all, so judge the product over a period.
+    With one peer (``p = 1``) that is ``i + 2**(t mod tau)``, ``tau = ceil(log2 n)``, and weights 1/2 for itself and the
+    one rank heard; in general ``tau = ceil(log_{p+1} n)`` and weights ``1 / (p + 1)``. If ``n`` is a power of ``p + 1``,
+    ``tau`` rounds in a row give the exact mean; otherwise they only come close (offsets of ``n`` or more are left out).
+    A single round may not contract at all, so judge the product over a period.
 
     Source: Assran et al., "Stochastic Gradient Push for Distributed Deep Learning" (2019); exactness: Ying et al.,
     "Exponential Graph is Provably Efficient for Decentralized Deep Training" (2021).
+
+    Args:
+        peers: ``p``, the ranks that a rank sends to in a round, at least 1.
+
+    Raises:
+        ValueError: an argument outside its range.
     """
 
+    def __init__(self, peers: int = 1) -> None:
+        self.peers = check_int("OnePeerExponential", "peers", peers, 1)
+
     def period(self, n: int) -> int:
-        """``ceil(log2 n)``, at least 1."""
-        return max(1, log2_ceil(n))
+        """``ceil(log_{p+1} n)``, at least 1."""
+        rounds, reach = 1, self.peers + 1
+        while reach < n:
+            rounds, reach = rounds + 1, reach * (self.peers + 1)
+        return rounds
 
     def offsets(self, n: int, step: int) -> list[int]:
-        """One power of two, the next one every round."""
-        return [1 << (step % self.period(n))] if n > 1 else []
+        """Multiples of one power of ``p + 1``, of the next power every round."""
+        unit: int = (self.peers + 1) ** (step % self.period(n))
+        return [j * unit for j in range(1, self.peers + 1) if j * unit < n]

@@ -5,8 +5,17 @@ from __future__ import annotations
 import re
 
 from lightning_dopt.topology.base import Topology
-from lightning_dopt.topology.dynamic import OnePeerHypercube, RandomPairs, RoundRobin
+from lightning_dopt.topology.directed_dynamic import RandomPull
+from lightning_dopt.topology.dynamic import (
+    AlternatingRing,
+    BipartiteExponential,
+    OnePeerHypercube,
+    RandomPairs,
+    RoundRobin,
+)
+from lightning_dopt.topology.equi import DEquiStatic, ODEquiDyn, OUEquiDyn, UEquiStatic
 from lightning_dopt.topology.exponential import DirectedRing, Exponential, OnePeerExponential
+from lightning_dopt.topology.finite_time import BaseGraph, HyperHypercube, MoshpitGrid
 from lightning_dopt.topology.lattice import Grid, Torus
 from lightning_dopt.topology.random_graphs import ErdosRenyi, RandomRegular, SmallWorld
 from lightning_dopt.topology.static import Chain, Complete, Hypercube, Ring, Star, SymmetricExponential, Tree
@@ -26,10 +35,20 @@ _CLASSES: tuple[type[Topology], ...] = (
     ErdosRenyi,
     RandomRegular,
     SmallWorld,
+    DEquiStatic,
+    UEquiStatic,
     OnePeerExponential,
     OnePeerHypercube,
+    HyperHypercube,
+    BaseGraph,
+    MoshpitGrid,
     RandomPairs,
     RoundRobin,
+    AlternatingRing,
+    BipartiteExponential,
+    ODEquiDyn,
+    OUEquiDyn,
+    RandomPull,
 )
 _ALIASES: dict[str, type[Topology]] = {"path": Chain}
 
