@@ -67,7 +67,7 @@ def recursion(problem: LeastSquares, W: Tensor, factors: Tensor, shares: Tensor,
     errors = []
     for t in range(problem.steps):
         gradient = torch.einsum("sijk,sik->sij", problem.H, x) - problem.b + problem.noise[:, t]
-        x = W @ (x - lr * factors[:, None] * gradient)
+        x = W @ (x - lr * factors.double()[:, None] * gradient)
         errors.append(problem.error(x.transpose(0, 1), shares))
     return torch.stack(errors)
 
