@@ -53,6 +53,18 @@ def delayed(every: int, steps: int) -> Plan:
     return Plan([Sync(when=Every(every), signal="delta", apply=Delay(steps))])
 
 
+class Twice(torch.optim.SGD):
+    """Evaluates the loss twice per step."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+def twice(parameters: Any) -> torch.optim.Optimizer:
+    return Twice(parameters, lr=0.1)
+
+
 class Seen(Callback):
     """Validation losses as they come."""
 
@@ -171,7 +183,7 @@ def test_logged_numbers() -> None:
     ids=["diloco", "diloco_int8", "gossip", "gossip_cta", "delayed"],
 )
 def test_virtual_time_with_steps_of_given_length(plan: Plan) -> None:
-    """Bit-equal in two runs, and what ``Simulation`` says; two micro-batches are one step."""
+    """Bit-equal in two runs, and what ``Simulation`` says; one step for two micro-batches or two closures."""
     link, seconds, steps = Link(mbit=0.01, ms=30.0), 0.07, 7
 
     class Reads(Callback):
@@ -185,13 +197,13 @@ def test_virtual_time_with_steps_of_given_length(plan: Plan) -> None:
 
     def job(rank: int) -> Any:
         out = []
-        for batches in (1, 2):
+        for batches, optimizer in ((1, sgd), (2, sgd), (1, twice)):
             reads = Reads()
             strategy = ReplicaStrategy(plan=plan, link=link, link_step_seconds=seconds)
             fitter = trainer(
                 strategy, max_steps=steps, max_epochs=-1, callbacks=[reads], accumulate_grad_batches=batches
             )
-            fitter.fit(Regressor(), regression(128))
+            fitter.fit(Regressor(optimizer=optimizer), regression(128))
             out.append(reads.rows)
         return out
 
@@ -199,8 +211,8 @@ def test_virtual_time_with_steps_of_given_length(plan: Plan) -> None:
         for p in parameters.values():
             p.grad = torch.zeros_like(p)
 
-    (a, accumulated), (b, _) = on_ranks(job)
-    assert a == b == accumulated
+    (a, accumulated, looked_twice), (b, *_) = on_ranks(job)
+    assert a == b == accumulated == looked_twice
     simulation = Simulation(plan, 2, lambda rank: dict(Regressor().named_parameters()), no_gradient, sgd, link, seconds)
     clock = simulation.worlds[0].clock
     assert clock is not None
