@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks import row_vs_doubly
 from lightning_dopt import Complete, Plan, Ring, Simulation, Star, Sync, cli
-from lightning_dopt.local import GradientTracking, LossWeights, warn_if_scale_free
+from lightning_dopt.local import ExactDiffusion, GradientTracking, LossWeights
+from lightning_dopt.local.loss_weights import warn_if_scale_free
 from lightning_dopt.topology import (
     Chain,
     DirectedRing,
@@ -384,6 +385,29 @@ def test_weighted_mixing_has_less_bias_on_the_degree_matched_star() -> None:
     mixing = error(Plan([Sync(peers=NodeWeighted(Star(), shares, rule="paper"))]))
     losses = error(Plan([Sync(peers=Star())], [LossWeights(shares)]))
     assert mixing < losses / 3
+
+
+def state(sim: Simulation, name: str) -> Tensor:
+    return torch.stack([engine.corrections[-1].state()[name] for engine in sim.engines])
+
+
+@rules
+def test_exact_methods_reach_the_weighted_optimum(rule: str) -> None:
+    """Over weighted mixing, and over weighted losses: 10/3 on every rank, without bias."""
+    peers, lam, best = NodeWeighted(Ring(), TENTHS, rule=rule), tensor(TENTHS), torch.full((4, 1), 10 / 3)
+    tracking = p1().simulate(Plan([Sync(what="gradients", peers=peers), Sync(peers=peers)], [GradientTracking()]), 0.05)
+    for _ in range(5):
+        x = tracking.stacked()
+        gradients = torch.stack([p1().gradient(i, x[i]) for i in range(4)])
+        y = state(tracking.run(1), "y.x")
+        close(lam @ y, lam @ gradients)
+    diffusion = p1().simulate(Plan([Sync(peers=Lazy(peers))], [ExactDiffusion()]), 0.05)
+    for _ in range(5):
+        close(lam @ state(diffusion.run(1), "h0"), torch.zeros(1, dtype=torch.float64))
+    close(tracking.run(300).stacked(), best.double(), 1e-6)
+    close(diffusion.run(300).stacked(), best.double(), 1e-6)
+    losses = Plan([Sync(peers=Lazy(Ring()))], [LossWeights(TENTHS), ExactDiffusion()])
+    close(p1().simulate(losses, 0.05).run(300).stacked(), best.double(), 1e-6)
 
 
 @pytest.mark.parametrize("make", [sgd(0.05), momentum_sgd, adamw], ids=["sgd", "momentum", "adamw"])
