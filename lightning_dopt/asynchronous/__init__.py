@@ -1,14 +1,16 @@
 """Asynchronous gossip: methods on a virtual clock, and pairwise averaging between real processes."""
 
 from lightning_dopt.asynchronous.a2cid2 import Acid
+from lightning_dopt.asynchronous.async_gossip import AsyncGossip
 from lightning_dopt.asynchronous.clock import EventClock
 from lightning_dopt.asynchronous.dadao import Dadao, DadaoConstants
 from lightning_dopt.asynchronous.edges import Matchings, chi, edges, laplacian
 from lightning_dopt.asynchronous.mailbox import MailboxSimulation
+from lightning_dopt.asynchronous.pair_exchange import PairExchange
 from lightning_dopt.asynchronous.pairwise import Averaging, PairRule, PairState, PairwiseSimulation
 from lightning_dopt.asynchronous.virtual import AsyncSimulation, VirtualNode
 
-__all__ = [  # noqa: RUF022  (grouped as they are read: rules, simulations, tools)
+__all__ = [  # noqa: RUF022  (grouped as they are read: rules, simulations, real processes, tools)
     "PairRule",
     "PairState",
     "Averaging",
@@ -18,6 +20,8 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: rules, simulations, tool
     "MailboxSimulation",
     "Dadao",
     "DadaoConstants",
+    "AsyncGossip",
+    "PairExchange",
     "EventClock",
     "VirtualNode",
     "Matchings",
