@@ -133,6 +133,7 @@ class Channel:
         if self.by_edge:
             return (yield from self._mixed_by_edge(message, seed, round_))
         value = self.memory.load(message, self.memory_state) if self.memory is not None else message
+        own: Tensor | None = None
         if self.sums:
             if wire.need_own:
                 wire.own = self.compressor.roundtrip(value, seed).mul_(self.scale)
@@ -142,12 +143,15 @@ class Channel:
         else:
             payload = self._pack(value, key(seed, self.world.rank) if self.compressor.private else seed)
             if self.memory is not None or wire.need_own:
-                wire.own = torch.zeros_like(value)
-                self._unpack_add(payload, seed, wire.own, self.scale)
+                wire.own = own = torch.zeros_like(value)
+                self._unpack_add(payload, seed, own, self.scale)
                 if self.memory is not None:
-                    self.memory.sent(wire.own, self.memory_state)
+                    self.memory.sent(own, self.memory_state)
             mixed = yield from self._exchanged(payload, seed, round_, message, self.take(wire.buffers))
-        return self.memory.received(mixed, message, self.memory_state) if self.memory is not None else mixed
+        if self.memory is None:
+            return mixed
+        assert own is not None
+        return self.memory.received(mixed, own, message, self.memory_state)
 
     def _plain_mean(self, message: Tensor) -> Talk[Tensor]:
         if self.world.size == 1:

@@ -73,7 +73,7 @@ class Sync(Part):
         _check_sync(self)
 
     def _natural_signal(self) -> Signal:
-        over_mean = isinstance(self.peers, Complete) and not isinstance(self.codec, Difference)
+        over_mean = isinstance(self.peers, Complete) and not codes_values(self.codec)
         changes = self.outer is not None or not is_exact(self.codec) or isinstance(self.apply, OneRound)
         return "delta" if self.what.slot == "parameters" and over_mean and changes else "value"
 

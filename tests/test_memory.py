@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_dopt.compress import (
     EF21,
     Compressor,
+    DeepSqueeze,
     Difference,
     EControl,
     ErrorFeedback,
@@ -18,6 +19,7 @@ from lightning_dopt.compress import (
     Int4,
     LowRank,
     Memory,
+    MoniQua,
     RandK,
     Sign,
     TopK,
@@ -31,6 +33,8 @@ MEMORIES: list[Memory] = [
     EF21(TopK(0.1)),
     EControl(Int4(), eta=0.1),
     Difference(TopK(0.1), gamma=0.2),
+    DeepSqueeze(TopK(0.1), eta=0.1),
+    MoniQua(bits=8, theta=4.0),
 ]
 
 
@@ -42,8 +46,11 @@ def mix(memory: Memory, signals: list[Tensor], states: States, w: Tensor, seed: 
         own = c.roundtrip(memory.load(signal, state), 100 * seed + i if c.private else seed).mul_(scale)
         memory.sent(own, state)
         messages.append(own)
-    mixed = torch.tensordot(w.to(messages[0].dtype), torch.stack(messages), 1)
-    return [memory.received(m, s, st) for m, s, st in zip(mixed, signals, states, strict=True)]
+    results = []
+    for row, own, signal, state in zip(w.to(messages[0].dtype), messages, signals, states, strict=True):
+        heard = torch.stack([memory.localise(m, signal) if memory.relative else m for m in messages])
+        results.append(memory.received(torch.tensordot(row, heard, 1), own, signal, state))
+    return results
 
 
 def mean(n: int) -> Tensor:
@@ -78,7 +85,7 @@ def test_state_and_signal(memory: Memory) -> None:
         assert torch.equal(signal, before)
         assert result.shape == signal.shape
         assert all(result.data_ptr() != t.data_ptr() for t in state.values())
-        assert any(t.any() for t in state.values())
+        assert any(t.any() for t in state.values()) == bool(memory.keys)
 
 
 @pytest.mark.parametrize("memory", MEMORIES, ids=repr)
@@ -107,7 +114,9 @@ def test_as_compressor() -> None:
         as_compressor("topk")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("outer", [ErrorFeedback, EF21, Difference, lambda codec: EControl(codec, 0.1)])
+@pytest.mark.parametrize(
+    "outer", [ErrorFeedback, EF21, Difference, lambda c: EControl(c, 0.1), lambda c: DeepSqueeze(c, 0.1)]
+)
 def test_memories_do_not_nest(outer: type[Memory]) -> None:
     with pytest.raises(ValueError, match=r"^\w+\(codec=EF21\(codec=Sign\(\)\)\): must be a compressor [^\n]*$"):
         outer(EF21(Sign()))  # type: ignore[arg-type]
@@ -121,11 +130,25 @@ def test_memories_do_not_nest(outer: type[Memory]) -> None:
         (lambda: EControl(Sign(), eta=-0.1), r"EControl\(eta=-0.1\)"),
         (lambda: Difference(Sign(), gamma=0.0), r"Difference\(gamma=0.0\)"),
         (lambda: Difference(Sign(), gamma=1.5), r"Difference\(gamma=1.5\)"),
+        (lambda: DeepSqueeze(Sign(), eta=0.0), r"DeepSqueeze\(eta=0.0\)"),
+        (lambda: DeepSqueeze(Sign(), eta=1.01), r"DeepSqueeze\(eta=1.01\)"),
+        (lambda: MoniQua(8, theta=0.0), r"MoniQua\(theta=0.0\)"),
+        (lambda: MoniQua(8, theta=float("inf")), r"MoniQua\(theta=inf\)"),
+        (lambda: MoniQua(8, theta=float("nan")), r"MoniQua\(theta=nan\)"),
     ],
 )
 def test_bad_arguments_are_named(make: type, text: str) -> None:
     with pytest.raises(ValueError, match=rf"^{text}: must be a number in [^\n]*$"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("bits", "allowed"),
+    [(0, "an integer of at least 1"), (17, "at most 16; beyond that [^\n]*"), (2.0, "an integer of at least 1")],
+)
+def test_bad_bits_are_named(bits: int, allowed: str) -> None:
+    with pytest.raises(ValueError, match=rf"^MoniQua\(bits={bits}\): must be {allowed}$"):
+        MoniQua(bits, 1.0)
 
 
 # --- error feedback ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,16 @@ from __future__ import annotations
 from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.dense import BF16, FP16, Identity
 from lightning_dopt.compress.lowrank import LowRank
-from lightning_dopt.compress.memory import EF21, Difference, EControl, ErrorFeedback, Memory, as_compressor
+from lightning_dopt.compress.memory import (
+    EF21,
+    DeepSqueeze,
+    Difference,
+    EControl,
+    ErrorFeedback,
+    Memory,
+    MoniQua,
+    as_compressor,
+)
 from lightning_dopt.compress.quantize import Int4, Int8
 from lightning_dopt.compress.registry import by_name, names
 from lightning_dopt.compress.sign import Sign
@@ -17,6 +26,7 @@ __all__ = [
     "FP16",
     "Codec",
     "Compressor",
+    "DeepSqueeze",
     "Difference",
     "EControl",
     "ErrorFeedback",
@@ -25,6 +35,7 @@ __all__ = [
     "Int8",
     "LowRank",
     "Memory",
+    "MoniQua",
     "RandK",
     "Sign",
     "TopK",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.dense import BF16, FP16, Identity
 from lightning_dopt.compress.lowrank import LowRank
-from lightning_dopt.compress.memory import EF21, Difference, EControl, ErrorFeedback
+from lightning_dopt.compress.memory import EF21, DeepSqueeze, Difference, EControl, ErrorFeedback, MoniQua
 from lightning_dopt.compress.quantize import Int4, Int8
 from lightning_dopt.compress.sign import Sign
 from lightning_dopt.compress.sparse import RandK, TopK
@@ -27,6 +27,8 @@ _CLASSES: tuple[type[Codec], ...] = (
     EF21,
     EControl,
     Difference,
+    DeepSqueeze,
+    MoniQua,
 )
 
 

@@ -1,0 +1,18 @@
+"""Memories: what happens to what a compressor leaves out."""
+
+from __future__ import annotations
+
+from lightning_dopt.compress.memory.base import Memory, as_compressor
+from lightning_dopt.compress.memory.error_feedback import EF21, EControl, ErrorFeedback
+from lightning_dopt.compress.memory.gossip import DeepSqueeze, Difference, MoniQua
+
+__all__ = [
+    "EF21",
+    "DeepSqueeze",
+    "Difference",
+    "EControl",
+    "ErrorFeedback",
+    "Memory",
+    "MoniQua",
+    "as_compressor",
+]

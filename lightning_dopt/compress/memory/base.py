@@ -1,0 +1,91 @@
+"""What happens to what was not sent: error memories around a compressor.
+
+One step of a memory, on a rank ``i`` with the signal ``s_i``, is ``load`` -> compress -> ``sent`` -> exchange ->
+``received``. ``C_i`` is the decoded message of rank ``i`` times :meth:`Memory.scale`, and ``sum_j W_ij C_j`` what the
+exchange gives. Memories are plain data; their tensors are owned by the engine, one dictionary per message.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from lightning_dopt.compress.base import Codec, Compressor, Shape
+
+
+class Memory(Codec):
+    """A compressor with a memory: state that makes up for what the compressor leaves out.
+
+    Args:
+        codec: the compressor.
+
+    Raises:
+        ValueError: ``codec`` is no compressor, e.g. another memory.
+    """
+
+    keys: tuple[str, ...]
+    """Names of the state tensors."""
+
+    codes_values: bool = False
+    """Whether it makes lossy messages of whole values converge; others are for changes and gradients."""
+
+    needs_sum: bool = False
+    """Whether it needs the weighted sum of the messages, so that no other way to combine them will do."""
+
+    relative: bool = False
+    """Whether a message means something only beside the receiver's own value; see :meth:`localise`."""
+
+    def __init__(self, codec: Compressor) -> None:
+        if not isinstance(codec, Compressor):
+            raise ValueError(f"{type(self).__name__}(codec={codec!r}): must be a compressor (memories do not nest)")
+        self.codec = codec
+
+    def state(self, like: Tensor) -> dict[str, Tensor]:
+        """Fresh state for a signal like this: zeros of its shape and device, in float32 or its dtype if wider.
+
+        Half-precision memory would lose small residuals once it holds large ones.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return {key: torch.zeros(like.shape, dtype=dtype, device=like.device) for key in self.keys}
+
+    def scale(self, shape: Shape) -> float:
+        """Factor on decoded messages: ``1 / (1 + omega)`` if the compressor is unbiased and no contraction, else 1.
+
+        That makes it a contraction with ``delta = 1 / (1 + omega)``, which every memory here needs to be stable.
+        """
+        omega = self.codec.variance(shape)
+        return 1.0 if omega is None or self.codec.contraction(shape) is not None else 1.0 / (1.0 + omega)
+
+    @abstractmethod
+    def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """What to compress. May be a state tensor itself; ``signal`` is not modified."""
+
+    @abstractmethod
+    def sent(self, own: Tensor, state: dict[str, Tensor]) -> None:
+        """Take note of ``own = C_i``, the scaled decoded message of this rank as the receivers see it."""
+
+    def localise(self, decoded: Tensor, signal: Tensor) -> Tensor:
+        """If :attr:`relative`: the sender's value, from what was decoded and this rank's own ``signal``."""
+        return decoded
+
+    @abstractmethod
+    def received(self, mixed: Tensor, own: Tensor, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The result that stands for the mixed signals, given ``mixed = sum_j W_ij C_j`` and ``own = C_i``.
+
+        May overwrite ``mixed``, neither of the others.
+        """
+
+
+def as_compressor(codec: Codec) -> tuple[Compressor, Memory | None]:
+    """Split what stands in a sync's ``codec`` into its compressor and its memory, if it has one.
+
+    Raises:
+        ValueError: it is neither a compressor nor a memory.
+    """
+    if isinstance(codec, Memory):
+        return codec.codec, codec
+    if isinstance(codec, Compressor):
+        return codec, None
+    raise ValueError(f"codec={codec!r}: must be a compressor or a memory around one")

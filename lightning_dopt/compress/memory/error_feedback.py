@@ -1,0 +1,113 @@
+"""Memories for gradients and changes: a residual that the sender keeps, or an estimate that all share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_dopt._checks import check_float
+from lightning_dopt.compress.base import Compressor
+from lightning_dopt.compress.memory.base import Memory
+
+
+class ErrorFeedback(Memory):
+    """EF14: what was not sent is added to the next signal, ``v = decay e + s``, ``e = v - C(v)``, result ``mean C(v)``.
+
+    With ``decay = 1`` nothing is lost: the sum of all messages plus the residual is the sum of all signals. The
+    learning rate stays outside: the residual is in units of the signal. At a constant learning rate it converges on
+    unequal data to a neighbourhood proportional to that rate.
+
+    Source: Seide et al., Interspeech 2014; Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019, algorithm 2.
+
+    Args:
+        codec: a contractive compressor, or an unbiased one (then scaled).
+        decay: share of the residual kept from step to step, in (0, 1].
+
+    Raises:
+        ValueError: ``codec`` is no compressor or ``decay`` outside (0, 1].
+    """
+
+    keys: tuple[str, ...] = ("residual",)
+
+    def __init__(self, codec: Compressor, decay: float = 1.0) -> None:
+        super().__init__(codec)
+        self.decay = check_float("ErrorFeedback", "decay", decay, 0.0, 1.0, open_low=True)
+
+    def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """``e <- decay e + s``, returned in place."""
+        return state["residual"].mul_(self.decay).add_(signal)
+
+    def sent(self, own: Tensor, state: dict[str, Tensor]) -> None:
+        """``e <- e - C(e)``."""
+        state["residual"].sub_(own)
+
+    def received(self, mixed: Tensor, own: Tensor, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The mixed messages as they are."""
+        return mixed
+
+
+class EF21(Memory):
+    """EF21: sender and receivers keep an estimate ``h_i`` of the signal, and its changes are sent.
+
+    ``c = C(s - h)``, ``h <- h + c`` on the sender, ``H <- H + mean c`` everywhere, result ``H``, which is the mean of
+    all ``h_i`` at all times. Starts from ``h = 0``, so the first estimate is ``C(s)``. Exact on unequal data at a
+    constant learning rate with full gradients; with small batches it is sensitive to noise.
+
+    Source: Richtarik, Sokolov, Fatkhullin, "EF21", NeurIPS 2021, algorithm 2.
+
+    Args:
+        codec: a contractive compressor, or an unbiased one (then scaled).
+
+    Raises:
+        ValueError: ``codec`` is no compressor.
+    """
+
+    keys: tuple[str, ...] = ("own", "mean")
+    needs_sum = True
+
+    def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """``s - h``."""
+        return signal - state["own"]
+
+    def sent(self, own: Tensor, state: dict[str, Tensor]) -> None:
+        """``h <- h + c``."""
+        state["own"].add_(own)
+
+    def received(self, mixed: Tensor, own: Tensor, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """``H <- H + mixed``; returns a copy."""
+        return state["mean"].add_(mixed).clone()
+
+
+class EControl(EF21):
+    """EControl: EF21 that also feeds back, with gain ``eta``, the sum ``e`` of what the estimates missed.
+
+    ``c = C(eta e + s - h)``, ``h <- h + c``, ``e <- e + s - h``, ``H <- H + mean c``, result ``H``. ``eta = 0`` is
+    :class:`EF21`; a larger gain averages gradient noise as error feedback does, but above about the ``delta`` of the
+    compressor it is unstable: ``eta = 1`` diverges. A third of :meth:`Compressor.contraction` is a good start.
+
+    Source: Gao, Islamov, Stich, "EControl", ICLR 2024, algorithm 2.
+
+    Args:
+        codec: a contractive compressor, or an unbiased one (then scaled).
+        eta: gain, in [0, 1]; keep it at most ``delta``.
+
+    Raises:
+        ValueError: ``codec`` is no compressor or ``eta`` outside [0, 1].
+    """
+
+    keys = ("own", "mean", "error")
+
+    def __init__(self, codec: Compressor, eta: float) -> None:
+        super().__init__(codec)
+        self.eta = check_float("EControl", "eta", eta, 0.0, 1.0)
+
+    def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """``eta e + s - h``; ``e`` takes ``s - h`` here already and the message in :meth:`sent`."""
+        missing = signal - state["own"]
+        message = missing.add(state["error"], alpha=self.eta)
+        state["error"].add_(missing)
+        return message
+
+    def sent(self, own: Tensor, state: dict[str, Tensor]) -> None:
+        """``h <- h + c``, ``e <- e - c``: together with :meth:`load` that is ``e + s - h`` with the new ``h``."""
+        super().sent(own, state)
+        state["error"].sub_(own)
