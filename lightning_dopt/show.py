@@ -112,7 +112,7 @@ def listing(registered: Iterable[str]) -> str:
         lines.append(f"  {name + ('*' if name in known else ''):<22}{title(function)}")
         lines.append(f"  {'':<22}{' '.join(papers(function))}")
     for kind, members in parts().items():
-        lines += ["", kind, *(f"  {name:<22}{cls.__name__:<20}{title(cls)}" for name, cls in members.items())]
+        lines += ["", kind, *(f"  {name:<24}{cls.__name__:<24}{title(cls)}" for name, cls in members.items())]
     return "\n".join(lines)
 
 
