@@ -78,6 +78,12 @@ TOPOLOGIES: list[Topology] = [
     Grid(rows=1, weights="lazy"),
     Torus(rows=1),
     Star(weights="max_degree"),
+    Star(weights="laplacian"),
+    Chain(weights="laplacian"),
+    Grid(weights="laplacian"),
+    Tree(weights="fastest"),
+    ErdosRenyi(weights="fastest"),
+    SmallWorld(weights="fdla"),
     Torus(dims=3),
     Torus(dims=[2, 4, 1]),
     Tree(branching=3, weights="lazy"),
@@ -209,8 +215,9 @@ def test_weights_are_positive_and_sum_to_one(topology: Topology) -> None:
             for rank in range(n):
                 row = topology.row(n, rank, step)
                 assert set(row) <= set(range(n))
-                assert row[rank] > 0
-                assert min(row.values()) > 0
+                rule = getattr(topology, "weights", None)
+                assert row[rank] > 0 or (rule in ("laplacian", "fastest", "fdla") and row[rank] >= 0) or rule == "fdla"
+                assert min(weight for j, weight in row.items() if j != rank or len(row) == 1) > 0 or rule == "fdla"
                 if topology.row_stochastic(n):
                     assert sum(row.values()) == pytest.approx(1, abs=1e-12)
             if not topology.row_stochastic(n):
@@ -235,8 +242,13 @@ def test_declared_properties_are_those_of_the_matrices(topology: Topology) -> No
     for n in sizes(topology):
         checks = [check_matrix(topology.matrix(n, step)) for step in rounds(topology, n)]
         rows, columns = topology.row_stochastic(n), topology.column_stochastic(n)
-        assert rows == all(check.row_stochastic for check in checks)
-        assert columns == all(check.column_stochastic for check in checks)
+        if getattr(topology, "weights", None) == "fdla":  # weights may be negative
+            assert max(max(check.row_error, check.column_error) for check in checks) < 1e-12
+            assert rows
+            assert columns
+        else:
+            assert rows == all(check.row_stochastic for check in checks)
+            assert columns == all(check.column_stochastic for check in checks)
         assert topology.doubly_stochastic(n) == (rows and columns)
         assert topology.symmetric(n) == all(check.symmetric for check in checks)
 
@@ -265,7 +277,10 @@ def test_stationary_weights_are_kept_by_every_round(topology: Topology) -> None:
 def test_max_degree_is_reached_and_not_exceeded(topology: Topology) -> None:
     for n in sizes(topology):
         degrees = [len(topology.neighbors(n, rank, step)) for step in rounds(topology, n) for rank in range(n)]
-        assert max(degrees) == topology.max_degree(n)
+        if getattr(topology, "weights", None) == "fastest":  # leaves out links that do not help
+            assert max(degrees) <= topology.max_degree(n)
+        else:
+            assert max(degrees) == topology.max_degree(n)
 
 
 @for_every_topology
@@ -305,7 +320,7 @@ def test_a_period_shrinks_every_disagreement(topology: Topology) -> None:
         mean = torch.tensor(topology.stationary(n), dtype=torch.float64).expand(n, n)
         if not topology.row_stochastic(n):
             total = total / total.sum(1, keepdim=True)  # push-sum divides by ones mixed in the same way
-        if isinstance(topology, RandomPull):
+        if isinstance(topology, (RandomPull, Switch)):  # which mean depends on the draws, or on the earlier phases
             mean = total.mean(0).expand(n, n)
         assert float((total - mean).abs().max()) < 0.05
 

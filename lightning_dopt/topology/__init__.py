@@ -21,6 +21,7 @@ from lightning_dopt.topology.lattice import Grid, Torus
 from lightning_dopt.topology.node_weights import NodeRule, NodeWeighted, WeightedMean
 from lightning_dopt.topology.plot import draw
 from lightning_dopt.topology.random_graphs import ErdosRenyi, RandomRegular, SmallWorld
+from lightning_dopt.topology.rates import EdgeRates, optimal_rates, rates
 from lightning_dopt.topology.registry import by_name, names
 from lightning_dopt.topology.spectrum import (
     MatrixCheck,
@@ -91,6 +92,9 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: contract, graphs, wrappe
     "lambda_min",
     "check_matrix",
     "product",
+    "rates",
+    "optimal_rates",
+    "EdgeRates",
     "summary",
     "weighted_report",
     "WeightedReport",

@@ -126,7 +126,8 @@ class TopologySummary:
     rate: float
     """Factor by which ``rounds`` rounds shrink the distance to agreement, in the worst case; 0 if ``exact``.
 
-    If only columns sum to one, the distance is that of the push-sum ratios.
+    The distance is Euclidean, weighted by the stationary weights. If only columns sum to one, it is that of the push-sum
+    ratios; if the mean is kept in expectation only, it is the largest value minus the smallest.
     """
 
     rate_per_round: float
@@ -264,7 +265,8 @@ def _rate(topology: Topology, n: int, w: Tensor) -> float:
     weights = torch.tensor(topology.stationary(n), dtype=torch.float64)
     if float((weights @ w - weights).abs().max()) <= 1e-6:
         return consensus_rate(w, weights.tolist())
-    return float(torch.linalg.matrix_norm(w - w.mean(0), 2))  # kept in expectation only: what is left of disagreement
+    # a mean that is kept in expectation only: the factor on the spread (largest minus smallest value), never above one
+    return float((w[:, None, :] - w[None, :, :]).abs().sum(2).max()) / 2
 
 
 def _square(owner: str, W: Tensor) -> Tensor:
