@@ -2,15 +2,27 @@
 
 from lightning_dopt.local.base import BoundCorrection, Context, Correction
 from lightning_dopt.local.exact_diffusion import ExactDiffusion
+from lightning_dopt.local.extra import Extra
 from lightning_dopt.local.gradient_tracking import GradientTracking
-from lightning_dopt.local.loss_weights import LossWeights, warn_if_scale_free
+from lightning_dopt.local.local_tracking import LocalTracking
+from lightning_dopt.local.loss_weights import LossWeights
+from lightning_dopt.local.prox import Prox
+from lightning_dopt.local.quasi_global import QuasiGlobalMomentum
+from lightning_dopt.local.sam import SAM
+from lightning_dopt.local.stiefel import ConjugateGradient, Stiefel
 
 __all__ = [
+    "SAM",
     "BoundCorrection",
+    "ConjugateGradient",
     "Context",
     "Correction",
     "ExactDiffusion",
+    "Extra",
     "GradientTracking",
+    "LocalTracking",
     "LossWeights",
-    "warn_if_scale_free",
+    "Prox",
+    "QuasiGlobalMomentum",
+    "Stiefel",
 ]

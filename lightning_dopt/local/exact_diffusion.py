@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from lightning_dopt._checks import check_float
 from lightning_dopt.local.base import BoundCorrection, Context, Correction
+from lightning_dopt.local.control_variate import BoundControlVariate
 from lightning_dopt.slots import Lane
+from lightning_dopt.topology.base import Topology
+from lightning_dopt.topology.spectrum import lambda_min
+from lightning_dopt.topology.weights import Lazy
 
 if TYPE_CHECKING:
-    from lightning_dopt.plan import Plan
-
+    from lightning_dopt.plan import Plan, Sync
 
 class ExactDiffusion(Correction):
     """Exact Diffusion (also NIDS, D2) in gradient units.
@@ -24,16 +25,20 @@ class ExactDiffusion(Correction):
     ranks agree and ``h_i`` is rank ``i``'s own gradient, so heterogeneous data leave no bias. Being in gradient units, it
     survives changes of the learning rate.
 
-    The mixing matrix must be symmetric, and should be lazy (:class:`~lightning_dopt.topology.Lazy`): with
-    ``lambda_min(W) <= -1/3`` the recursion can diverge. Clip gradients with care: clipping acts on ``g - h``.
+    The mixing matrix must be symmetric, or reversible with weights ``lambda`` (then ``sum_i lambda_i h_i = 0``), with
+    smallest eigenvalue above -1/3. Over :class:`~lightning_dopt.topology.Lazy` peers this is Exact Diffusion and NIDS,
+    over others D2. A changing topology must be lazy: nothing is proven there, but only lazy ones converged in tests. Clip
+    gradients with care: clipping acts on ``g - h``.
 
     Args:
         kappa: 1 for plain SGD, ``1 - momentum`` for heavy-ball, at most 0.1 for Adam.
 
     Raises:
-        ValueError: ``kappa`` outside (0, 1], or a plan without exactly one sync of the parameters by value.
+        ValueError: ``kappa`` outside (0, 1], a plan without exactly one sync of the parameters by value, or peers
+            whose matrix does not suit.
 
-    Source: Yuan, Ying, Zhao, Sayed, "Exact Diffusion for Distributed Optimization and Learning".
+    Source: Yuan, Ying, Zhao, Sayed, "Exact Diffusion for Distributed Optimization and Learning"; Tang et al., "D2",
+    arXiv 1803.07068; Li, Shi, Yan, "NIDS", arXiv 1704.07807.
     """
 
     slots = frozenset({"parameters"})
@@ -43,53 +48,63 @@ class ExactDiffusion(Correction):
 
     def check(self, plan: Plan) -> None:
         """See :meth:`Correction.check`."""
-        syncs = [s for s in plan if s.what.slot == "parameters" and not s.when.at_end]
-        if len(syncs) != 1 or syncs[0].signal != "value" or syncs[0].outer is not None:
-            raise ValueError(
-                "ExactDiffusion: needs a plan with exactly one sync of the parameters, by value, without outer"
-            )
-        if syncs[0].apply.delay or getattr(syncs[0].apply, "order", "atc") != "atc":
-            raise ValueError(f"ExactDiffusion: needs apply=Blocking(order='atc'), got {syncs[0].apply!r}")
+        sync = one_mixing("ExactDiffusion", plan)
+        if sync.apply.delay or getattr(sync.apply, "order", "atc") != "atc":
+            raise ValueError(f"ExactDiffusion: needs apply=Blocking(order='atc'), got {sync.apply!r}")
 
     def check_size(self, plan: Plan, n: int) -> None:
         """See :meth:`Correction.check_size`."""
-        for sync in plan:
-            if sync.what.slot == "parameters" and not sync.when.at_end and not sync.peers.symmetric(n):
-                raise ValueError(
-                    f"ExactDiffusion: needs symmetric mixing weights, {sync.peers!r} with {n} workers has none; use an undirected "
-                    "topology such as Ring() or OnePeerHypercube(), or GradientTracking"
-                )
+        peers = one_mixing("ExactDiffusion", plan).peers
+        peers.check(n)
+        check_reversible("ExactDiffusion", peers, n)
+        period = peers.period(n)
+        if period == 1 and lambda_min(peers.matrix(n)) <= -1 / 3 + 1e-9:
+            raise ValueError(
+                f"ExactDiffusion: the mixing matrix of {peers!r} with {n} workers has the eigenvalue "
+                f"{lambda_min(peers.matrix(n)):.3g}, must be above -1/3; use peers=Lazy(...)"
+            )
+        if period != 1 and not isinstance(peers, Lazy):
+            raise ValueError(
+                f"ExactDiffusion: diverges over a changing graph that is not lazy, such as {peers!r} with {n} workers; use "
+                "peers=Lazy(...)"
+            )
 
     def bind(self, context: Context) -> BoundCorrection:
         """See :meth:`Correction.bind`."""
         return _BoundExactDiffusion(self.kappa, context)
 
 
-class _BoundExactDiffusion(BoundCorrection):
+class _BoundExactDiffusion(BoundControlVariate):
     slots = frozenset({"parameters"})
 
     def __init__(self, kappa: float, context: Context) -> None:
-        self.kappa, self.lanes = kappa, context.lanes
-        self.parameters, self.lr = context.parameters, context.lr
-        self.h = [torch.zeros(lane.numel, dtype=lane.message_dtype, device=lane.live.device) for lane in context.lanes]
-
-    def on_gradient(self, names: Collection[str]) -> None:
-        for lane, h in zip(self.lanes, self.h, strict=True):
-            for field, part in zip(lane.fields, lane.views(h), strict=True):
-                if field.name not in names:
-                    continue
-                p = self.parameters[field.name]
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                p.grad.sub_(part)
+        super().__init__(context)
+        self.kappa = kappa
 
     def on_applied(self, slot: str, lane: Lane, sent: Tensor, new: Tensor, steps: int) -> None:
-        h = self.h[next(k for k, other in enumerate(self.lanes) if other is lane)]
-        moved = lane.live.to(h.dtype) - sent
-        for field, part, change in zip(lane.fields, lane.views(h), lane.views(moved), strict=True):
-            rate = self.lr(field.name) * steps
-            if rate > 0:  # a learning rate of zero (first warm-up step) moved nothing
-                part.add_(change, alpha=self.kappa / rate)
+        self.learn(lane, lane.live.to(lane.message_dtype) - sent, self.kappa, steps)
 
-    def state(self) -> dict[str, Tensor]:
-        return {f"h{k}": h for k, h in enumerate(self.h)}
+
+def one_mixing(owner: str, plan: Plan) -> Sync:
+    """The plan's only sync of the parameters before the end.
+
+    Raises:
+        ValueError: there is not exactly one, or it does not send plain values.
+    """
+    syncs = [s for s in plan if s.what.slot == "parameters" and not s.when.at_end]
+    if len(syncs) != 1 or syncs[0].signal != "value" or syncs[0].outer is not None:
+        raise ValueError(f"{owner}: needs a plan with exactly one sync of the parameters, by value, without outer")
+    return syncs[0]
+
+
+def check_reversible(owner: str, peers: Topology, n: int) -> None:
+    """Refuse a matrix that is not self-adjoint.
+
+    Raises:
+        ValueError: it is not, in one line.
+    """
+    if not peers.reversible(n):
+        raise ValueError(
+            f"{owner}: needs symmetric mixing weights, {peers!r} with {n} workers has none; use an undirected "
+            "topology such as Ring() or OnePeerHypercube(), or GradientTracking"
+        )
