@@ -4,7 +4,7 @@ from lightning_dopt.asynchronous.a2cid2 import Acid
 from lightning_dopt.asynchronous.async_gossip import AsyncGossip
 from lightning_dopt.asynchronous.clock import EventClock
 from lightning_dopt.asynchronous.dadao import Dadao, DadaoConstants
-from lightning_dopt.asynchronous.edges import Matchings, chi, edges, laplacian
+from lightning_dopt.asynchronous.edges import Matchings, edges
 from lightning_dopt.asynchronous.mailbox import MailboxSimulation
 from lightning_dopt.asynchronous.pair_exchange import PairExchange
 from lightning_dopt.asynchronous.pairwise import Averaging, PairRule, PairState, PairwiseSimulation
@@ -26,6 +26,4 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: rules, simulations, real
     "VirtualNode",
     "Matchings",
     "edges",
-    "laplacian",
-    "chi",
 ]

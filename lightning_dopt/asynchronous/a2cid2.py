@@ -7,9 +7,10 @@ import math
 from torch import Tensor
 
 from lightning_dopt._checks import check_float
-from lightning_dopt.asynchronous.edges import chi, laplacian
 from lightning_dopt.asynchronous.pairwise import PairRule, PairState
 from lightning_dopt.topology.base import Topology
+from lightning_dopt.topology.rates import rates
+from lightning_dopt.topology.weights import UndirectedGraph
 
 
 class Acid(PairRule):
@@ -46,10 +47,12 @@ class Acid(PairRule):
             rate: Meetings per node and unit of time.
 
         Raises:
-            ValueError: a graph that pairs cannot use, or fewer than two nodes.
+            ValueError: a graph that pairs cannot use, the complete graph, or fewer than two nodes.
         """
-        chi1, chi2 = chi(laplacian(topology, n, check_float("Acid.of", "rate", rate, 0.0, open_low=True)))
-        return cls(0.5 / math.sqrt(chi1 * chi2), 0.5 * math.sqrt(chi1 / chi2))
+        if not isinstance(topology, UndirectedGraph):
+            raise ValueError(f"Acid.of(topology={topology!r}): must be an undirected graph other than Complete()")
+        known = rates(topology, n, total=check_float("Acid.of", "rate", rate, 0.0, open_low=True) * n / 2)
+        return cls(known.eta, known.momentum_step)
 
     def begin(self, x: Tensor, time: float = 0.0) -> PairState:
         """``xt`` starts as a copy of ``x``."""

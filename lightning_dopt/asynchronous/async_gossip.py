@@ -57,7 +57,7 @@ class AsyncGossip:
         seed: Seed of the order of meetings, shared by all ranks.
         timeout: How long a rank waits for progress before it gives up.
         momentum: ``"none"`` averages (AD-PSGD), ``"acid"`` adds a second vector that speeds up badly connected graphs
-            (A2CiD2).
+            (A2CiD2; not for ``Complete()``, where there is nothing to gain).
         max_ahead: How many meetings the training loop may be ahead of the background before it waits.
 
     Raises:
@@ -137,7 +137,7 @@ class AsyncGossip:
         for k, lane in enumerate(self.flat.lanes):
             if self._bases and not torch.equal(self._bases[k], lane.live):
                 self._states[k] = self.rule.begin(_vector(lane), time)
-            self._states[k].time = time  # all ranks go on at the same time; none has passed in between
+            self._states[k].time = time  # ranks stop at different indexes and go on at a common one
         self._bases = [lane.live.clone() for lane in self.flat.lanes]
         self._messages = [torch.empty_like(state.x) for state in self._states]
 
@@ -177,6 +177,7 @@ class AsyncGossip:
         self._must_run("stop")
         self._index = self._exchange.stop()
         for lane, state, base in zip(self.flat.lanes, self._states, self._bases, strict=True):
+            self.rule.drift(state, self._index / self._per_gradient)
             lane.live.copy_(state.x)
             base.copy_(lane.live)
 

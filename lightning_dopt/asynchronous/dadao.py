@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_dopt._checks import check_float
 from lightning_dopt.asynchronous.clock import EventClock
-from lightning_dopt.asynchronous.edges import chi, edges, laplacian
-from lightning_dopt.topology.base import Topology
+from lightning_dopt.asynchronous.edges import edges
+from lightning_dopt.topology.rates import rates
+from lightning_dopt.topology.weights import UndirectedGraph
 
 X, XT, Y, YT, Z, ZT = range(6)
 
@@ -31,13 +32,13 @@ class DadaoConstants:
     gamma: float
     gamma_t: float
     edge_events: float
-    """Meetings per unit of time in the whole graph, ``sqrt(2 chi1 chi2)`` of the Laplacian over the number of edges."""
+    """Meetings per unit of time in the whole graph, ``sqrt(2 chi1 chi2)`` of the graph whose links sum to rate one."""
 
     @classmethod
-    def of(cls, topology: Topology, n: int, mu: float, smoothness: float) -> DadaoConstants:
+    def of(cls, topology: UndirectedGraph, n: int, mu: float, smoothness: float) -> DadaoConstants:
         """Constants for ``n`` nodes, each with a ``mu``-strongly convex function whose gradient is Lipschitz."""
-        chi1, chi2 = chi(laplacian(topology, n, rate=2 / n))  # Laplacian over the number of edges
-        meetings = math.sqrt(2 * chi1 * chi2)
+        graph = rates(topology, n, total=1.0)
+        meetings = graph.exchange_rate
         nu = mu / 2
         root = math.sqrt(nu / smoothness)
         return cls(
@@ -46,7 +47,7 @@ class DadaoConstants:
             a=root / 4,
             theta=0.5 / root,
             beta=0.5,
-            beta_t=2 * chi1 / meetings / root,
+            beta_t=2 * graph.chi1 / meetings / root,
             delta=1 + root / 4,
             gamma=0.25 / smoothness,
             gamma_t=0.25 / math.sqrt(smoothness * nu),
@@ -88,7 +89,7 @@ class Dadao:
 
     def __init__(
         self,
-        topology: Topology,
+        topology: UndirectedGraph,
         gradient: Callable[[int, Tensor], Tensor],
         start: Tensor,
         mu: float,

@@ -1,9 +1,6 @@
-"""The pairs of a graph: how often each meets, who meets whom at which index, and the two constants of the mixing time."""
+"""The pairs of a graph: how often each meets, and who meets whom at which index."""
 
 from __future__ import annotations
-
-import torch
-from torch import Tensor
 
 from lightning_dopt._checks import check_float, check_int
 from lightning_dopt._random import key
@@ -14,12 +11,12 @@ def edges(topology: Topology, n: int) -> list[tuple[int, int]]:
     """The linked pairs ``(i, j)`` with ``i < j``, in ascending order.
 
     Raises:
-        ValueError: the graph is directed, changes over time, is not connected or does not exist for ``n`` workers.
+        ValueError: not an undirected graph, one that changes, is not connected or does not exist for ``n`` workers.
     """
     topology.check(n)
     name = repr(topology)
     if topology.directed or topology.period(n) != 1:
-        raise ValueError(f"edges(topology={name}): pairs meet over a graph that is undirected and stays the same")
+        raise ValueError(f"edges(topology={name}): must be a graph whose links go both ways and stay, such as Ring()")
     pairs = [(i, j) for i in range(n) for j in topology.neighbors(n, i) if i < j]
     seen = {0}
     while grown := {k for pair in pairs if seen & set(pair) for k in pair} - seen:
@@ -34,41 +31,6 @@ def edges(topology: Topology, n: int) -> list[tuple[int, int]]:
 def edge_rate(pairs: int, n: int, rate: float) -> float:
     """How often each of ``pairs`` edges meets if all meet equally often and a node meets ``rate`` times on average."""
     return rate * n / (2 * pairs)
-
-
-def laplacian(topology: Topology, n: int, rate: float = 1.0) -> Tensor:
-    """The rate-weighted Laplacian: float64, shape (n, n), diagonal = meetings of a node per unit of time.
-
-    Every edge meets equally often, so that a node meets ``rate`` times on average (exactly, in a regular graph).
-    """
-    out = torch.zeros(n, n, dtype=torch.float64)
-    pairs = edges(topology, n)
-    for i, j in pairs:
-        out[i, i] += 1
-        out[j, j] += 1
-        out[i, j] = out[j, i] = -1
-    return out * edge_rate(len(pairs), n, rate) if pairs else out
-
-
-def chi(weighted: Tensor) -> tuple[float, float]:
-    """The constants ``(chi1, chi2)`` of a connected rate-weighted Laplacian, in units of time.
-
-    ``chi1 = 1 / lambda_2``, the inverse algebraic connectivity: the time in which the slowest disagreement shrinks.
-    ``chi2``: half the largest effective resistance between the two ends of an edge, at most ``chi1``.
-
-    Raises:
-        ValueError: the graph is not connected or has fewer than two nodes.
-
-    Source: Nabli, Belilovsky, Oyallon, "A2CiD2", arXiv 2306.08289.
-    """
-    n = weighted.shape[0]
-    second = float(torch.linalg.eigvalsh(weighted)[1]) if n > 1 else 0.0
-    if second <= 1e-12:
-        raise ValueError(f"chi(weighted=<{n} nodes>): needs a connected graph of at least two nodes")
-    inverse = torch.linalg.pinv(weighted, hermitian=True)
-    diagonal = inverse.diagonal()
-    resistance = diagonal[:, None] + diagonal[None, :] - 2 * inverse
-    return 1 / second, 0.5 * float(resistance[weighted < 0].max())
 
 
 class Matchings:
