@@ -14,22 +14,29 @@ import torch
 from lightning_dopt.topology import (
     Chain,
     Complete,
+    Directed,
     DirectedRing,
     ErdosRenyi,
     Exponential,
     FromAdjacency,
     FromMatrix,
     Grid,
+    Hierarchical,
     Hypercube,
     Lazy,
+    MatchingsOf,
+    MoshpitGrid,
     OnePeerExponential,
     OnePeerHypercube,
     RandomPairs,
     Ring,
     RoundRobin,
+    SmallWorld,
     Star,
+    Switch,
     Topology,
     Torus,
+    Tree,
     by_name,
     check_matrix,
     consensus_rate,
@@ -400,6 +407,19 @@ def test_topologies_can_be_written_in_a_configuration_file() -> None:
     assert lazy == Lazy(Grid(rows=2, weights="max_degree"))
     entries = [[0.5, 0.5], [0.25, 0.75]]
     assert parse({"class_path": prefix + "FromMatrix", "init_args": {"entries": entries}}) == FromMatrix(entries)
+    assert parse({"class_path": prefix + "Torus", "init_args": {"dims": 3}}) == Torus(dims=3)
+    assert parse({"class_path": prefix + "MoshpitGrid", "init_args": {"dims": [2, 4]}}) == MoshpitGrid([2, 4])
+    phases = [[3, {"class_path": prefix + "Ring"}], [None, {"class_path": prefix + "Complete"}]]
+    assert parse({"class_path": prefix + "Switch", "init_args": {"phases": phases}}) == Switch(
+        [(3, Ring()), (None, Complete())]
+    )
+    machines = {"local": 2, "between": {"class_path": prefix + "Star"}}
+    assert parse({"class_path": prefix + "Hierarchical", "init_args": machines}) == Hierarchical(2, Star())
+    restricted = {"graph": {"class_path": prefix + "Tree", "init_args": {"weights": "fastest"}}}
+    assert parse({"class_path": prefix + "MatchingsOf", "init_args": restricted}) == MatchingsOf(
+        Tree(weights="fastest")
+    )
+    assert parse({"class_path": prefix + "Directed", "init_args": {"links": [[1], [0]]}}) == Directed([[1], [0]])
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -411,6 +431,8 @@ def test_pictures(tmp_path: Path) -> None:
     png = draw(Lazy(Grid()), 6, str(tmp_path / "grid.png"))
     assert png.read_bytes().startswith(b"\x89PNG")
     assert draw(RandomPairs(), 4, tmp_path / "pairs.svg").read_text().count('<g id="axes_') == 8
+    for topology, n in ((Tree(), 1), (Tree(3), 8), (SmallWorld(weights="fdla"), 9), (Directed([[1], [2], [0]]), 3)):
+        assert "<svg" in draw(topology, n, tmp_path / "any.svg").read_text()
 
 
 def test_a_missing_matplotlib_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

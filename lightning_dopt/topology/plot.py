@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_dopt.topology.base import Topology
 from lightning_dopt.topology.lattice import Grid
-from lightning_dopt.topology.static import Star
+from lightning_dopt.topology.static import Star, Tree
 from lightning_dopt.topology.weights import Lazy
 
 if TYPE_CHECKING:
@@ -65,17 +65,29 @@ def draw(topology: Topology, n: int, path: str | Path) -> Path:
 
 
 def _places(topology: Topology, n: int) -> list[tuple[float, float]]:
-    """Where each rank goes: clockwise on a circle from the top; a grid as a grid, a star's centre in the middle."""
+    """Where each rank goes: clockwise on a circle from the top; grids and trees as such, a star's centre in the middle."""
     inner = topology
     while isinstance(inner, Lazy):
         inner = inner.topology
     if isinstance(inner, Grid):
         _, cols = inner.shape(n)
         return [(float(rank % cols), -float(rank // cols)) for rank in range(n)]
+    if isinstance(inner, Tree):
+        return _levels(inner, n)
     outer = n - 1 if isinstance(inner, Star) and n > 2 else n
     angles = [2 * math.pi * k / outer for k in range(outer)]
     circle = [(math.sin(angle), math.cos(angle)) for angle in angles]
     return circle if outer == n else [(0.0, 0.0), *circle]
+
+
+def _levels(tree: Tree, n: int) -> list[tuple[float, float]]:
+    """The root on top, every level spread evenly below the one before."""
+    found: list[tuple[float, float]] = []
+    width, depth = 1, 0
+    while len(found) < n:
+        found += [((k + 0.5) / width, -0.3 * depth) for k in range(min(width, n - len(found)))]
+        width, depth = width * tree.branching, depth + 1
+    return found
 
 
 def _draw_round(axes: Axes, topology: Topology, n: int, step: int, places: list[tuple[float, float]]) -> None:
@@ -86,13 +98,20 @@ def _draw_round(axes: Axes, topology: Topology, n: int, step: int, places: list[
             if j == i or (both and j < i):
                 continue
             style = "-" if both else "-|>"
-            arrow = {"arrowstyle": style, "color": _INK, "linewidth": 0.4 + 2.5 * weight, "shrinkA": 7, "shrinkB": 7}
+            arrow = {
+                "arrowstyle": style,
+                "color": _INK,
+                "linewidth": 0.4 + 2.5 * abs(weight),
+                "shrinkA": 7,
+                "shrinkB": 7,
+            }
             axes.annotate("", xy=places[i], xytext=places[j], arrowprops=arrow)
     across, up = [x for x, _ in places], [y for _, y in places]
     axes.scatter(across, up, s=160 if n <= 16 else 60, color=_NODE, edgecolors=_INK, zorder=3)
     for rank, (x, y) in enumerate(places):
         axes.text(x, y, str(rank), ha="center", va="center", fontsize=7 if n <= 16 else 4, zorder=4)
-    axes.set_xlim(min(across) - 0.3, max(across) + 0.3)
-    axes.set_ylim(min(up) - 0.3, max(up) + 0.3)
+    margin = 0.3 * min(1.0, max(max(across) - min(across), max(up) - min(up), 0.5))
+    axes.set_xlim(min(across) - margin, max(across) + margin)
+    axes.set_ylim(min(up) - margin, max(up) + margin)
     axes.set_aspect("equal")
     axes.axis("off")
