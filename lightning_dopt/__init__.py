@@ -2,12 +2,13 @@
 
 from lightning_dopt import compress, outer, plans, topology
 from lightning_dopt.apply import Blocking, Delay, Lerp, OneRound, Rebase, Replace
-from lightning_dopt.combine import Median, Mixing
+from lightning_dopt.combine import Chebyshev, Damped, Median, Mixing, MomentumGossip, PushSum, RelaySum, Repeated
 from lightning_dopt.comm import Link, ProcessGroupWorld, SimulatedWorld, SyncError
 from lightning_dopt.compress import (
     BF16,
     EF21,
     FP16,
+    DeepSqueeze,
     Difference,
     EControl,
     ErrorFeedback,
@@ -15,27 +16,42 @@ from lightning_dopt.compress import (
     Int4,
     Int8,
     LowRank,
+    MoniQua,
     RandK,
     Sign,
     TopK,
 )
 from lightning_dopt.engine import Engine
-from lightning_dopt.local import ExactDiffusion, GradientTracking
+from lightning_dopt.local import (
+    SAM,
+    ExactDiffusion,
+    Extra,
+    GradientTracking,
+    LocalTracking,
+    LossWeights,
+    Prox,
+    QuasiGlobalMomentum,
+    RobustTracking,
+)
 from lightning_dopt.outer import HeavyBall, Nesterov
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.schedules import After, AtEnd, Bernoulli, Every, Until
 from lightning_dopt.simulate import Simulation
 from lightning_dopt.topology import (
     Complete,
+    Directed,
     Exponential,
     Hypercube,
+    Lazy,
+    NodeWeighted,
     OnePeerExponential,
     RandomPairs,
     Ring,
     Star,
     Torus,
+    Tree,
 )
-from lightning_dopt.what import Buffers, Gradients, OptimizerState, Parameters
+from lightning_dopt.what import Buffers, Gradients, OptimizerState, Parameters, Tracker
 
 __version__ = "0.1.0.dev0"
 
@@ -54,15 +70,19 @@ register()
 __all__ = [  # noqa: RUF022
     "After",
     "AtEnd",
-    "BF16",
     "Bernoulli",
+    "BF16",
     "Blocking",
     "Buffers",
+    "Chebyshev",
     "Complete",
     "CompressedDDPStrategy",
+    "Damped",
+    "DeepSqueeze",
     "Delay",
-    "DiLoCoStrategy",
     "Difference",
+    "DiLoCoStrategy",
+    "Directed",
     "EControl",
     "EF21",
     "Engine",
@@ -70,35 +90,49 @@ __all__ = [  # noqa: RUF022
     "Every",
     "ExactDiffusion",
     "Exponential",
+    "Extra",
     "FP16",
     "GossipStrategy",
-    "GradientTracking",
     "Gradients",
+    "GradientTracking",
     "HeavyBall",
     "Hypercube",
     "Identity",
     "Int4",
     "Int8",
+    "Lazy",
     "Lerp",
     "Link",
-    "LoFiStrategy",
     "LocalSGDStrategy",
+    "LocalTracking",
+    "LoFiStrategy",
+    "LossWeights",
     "LowRank",
     "Median",
     "Mixing",
+    "MomentumGossip",
+    "MoniQua",
     "Nesterov",
+    "NodeWeighted",
     "OnePeerExponential",
     "OneRound",
     "OptimizerState",
     "Parameters",
     "Plan",
     "ProcessGroupWorld",
+    "Prox",
+    "PushSum",
+    "QuasiGlobalMomentum",
     "RandK",
     "RandomPairs",
     "Rebase",
+    "RelaySum",
+    "Repeated",
     "Replace",
     "ReplicaStrategy",
     "Ring",
+    "RobustTracking",
+    "SAM",
     "Sign",
     "SimulatedWorld",
     "Simulation",
@@ -107,6 +141,8 @@ __all__ = [  # noqa: RUF022
     "SyncError",
     "TopK",
     "Torus",
+    "Tracker",
+    "Tree",
     "Until",
     "compress",
     "outer",

@@ -163,6 +163,11 @@ class Plan(Part):
                     f"Sync(codec={sync.codec!r}, peers={sync.peers!r}): over a changing graph Difference needs columns that sum "
                     "to one; use a doubly stochastic topology such as OnePeerExponential(), or an exact codec"
                 )
+            if isinstance(sync.codec, Memory) and sync.codec.static and sync.peers.period(n) != 1:
+                raise ValueError(
+                    f"Sync(codec={sync.codec!r}, peers={sync.peers!r}): {type(sync.codec).__name__} needs a graph that does not "
+                    "change; use Ring() or another static topology"
+                )
             _warn_of_momentum(sync, n)
             if sync.what.slot == "gradients" and not mean and not mixes_parameters:
                 raise ValueError(

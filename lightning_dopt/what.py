@@ -117,7 +117,5 @@ def what_of(value: What | str) -> What:
         "buffers": Buffers,
     }
     if value not in known:
-        raise ValueError(
-            f"Sync(what={value!r}): must be one of {', '.join(map(repr, known))}, 'optimizer.<state>'"
-        )
+        raise ValueError(f"Sync(what={value!r}): must be one of {', '.join(map(repr, known))}, 'optimizer.<state>'")
     return known[value]()

@@ -1,6 +1,7 @@
 """Combine: how the messages of several ranks become one, and in how many exchanges."""
 
 from lightning_dopt.combine.base import Combine, Decode, Wire
+from lightning_dopt.combine.damped import Damped
 from lightning_dopt.combine.mixing import Median, Mixing
 from lightning_dopt.combine.push_sum import PushSum
 from lightning_dopt.combine.relay import RelaySum
@@ -9,6 +10,7 @@ from lightning_dopt.combine.repeated import Chebyshev, MomentumGossip, Repeated
 __all__ = [
     "Chebyshev",
     "Combine",
+    "Damped",
     "Decode",
     "Median",
     "Mixing",

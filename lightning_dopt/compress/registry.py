@@ -8,7 +8,17 @@ from collections.abc import Callable
 from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.dense import BF16, FP16, Identity
 from lightning_dopt.compress.lowrank import LowRank
-from lightning_dopt.compress.memory import EF21, DeepSqueeze, Difference, EControl, ErrorFeedback, MoniQua
+from lightning_dopt.compress.memory import (
+    EF21,
+    Averaged,
+    DeepSqueeze,
+    Difference,
+    Direct,
+    EControl,
+    ErrorFeedback,
+    MoniQua,
+)
+from lightning_dopt.compress.noise import GaussianNoise
 from lightning_dopt.compress.quantize import Int4, Int8
 from lightning_dopt.compress.sign import Sign
 from lightning_dopt.compress.sparse import RandK, TopK
@@ -23,12 +33,15 @@ _CLASSES: tuple[type[Codec], ...] = (
     TopK,
     RandK,
     LowRank,
+    GaussianNoise,
     ErrorFeedback,
     EF21,
     EControl,
     Difference,
     DeepSqueeze,
     MoniQua,
+    Direct,
+    Averaged,
 )
 
 

@@ -8,6 +8,7 @@ from lightning_dopt.local.local_tracking import LocalTracking
 from lightning_dopt.local.loss_weights import LossWeights
 from lightning_dopt.local.prox import Prox
 from lightning_dopt.local.quasi_global import QuasiGlobalMomentum
+from lightning_dopt.local.robust_tracking import RobustTracking
 from lightning_dopt.local.sam import SAM
 from lightning_dopt.local.stiefel import ConjugateGradient, Stiefel
 
@@ -24,5 +25,6 @@ __all__ = [
     "LossWeights",
     "Prox",
     "QuasiGlobalMomentum",
+    "RobustTracking",
     "Stiefel",
 ]

@@ -17,6 +17,7 @@ from lightning_dopt.topology.weights import Lazy
 if TYPE_CHECKING:
     from lightning_dopt.plan import Plan, Sync
 
+
 class ExactDiffusion(Correction):
     """Exact Diffusion (also NIDS, D2) in gradient units.
 

@@ -1,9 +1,45 @@
 """Published methods, each a small function that returns a :class:`~lightning_dopt.Plan`."""
 
 from lightning_dopt.plans.compressed_ddp import compressed_ddp
+from lightning_dopt.plans.compressed_gossip import choco_sgd, deep_squeeze, moniqua
+from lightning_dopt.plans.dfedsam import dfedsam
 from lightning_dopt.plans.diloco import diloco
+from lightning_dopt.plans.directed import push_diging, sgp
+from lightning_dopt.plans.dprox_sgt import dprox_sgt
+from lightning_dopt.plans.exact import d2, diging, exact_diffusion, extra, gradient_tracking, k_gt
 from lightning_dopt.plans.gossip import gossip
 from lightning_dopt.plans.lo_fi import lo_fi
 from lightning_dopt.plans.local_sgd import local_sgd
+from lightning_dopt.plans.momentum import decentlam, dmsgd, qg_dsgdm
+from lightning_dopt.plans.relay_sgd import relay_sgd
+from lightning_dopt.plans.robust_tracking import robust_tracking
+from lightning_dopt.plans.single_merge import single_merge
+from lightning_dopt.plans.weighted_gossip import weighted_gossip
 
-__all__ = ["compressed_ddp", "diloco", "gossip", "lo_fi", "local_sgd"]
+__all__ = [  # noqa: RUF022  (by family)
+    "compressed_ddp",
+    "diloco",
+    "lo_fi",
+    "local_sgd",
+    "single_merge",
+    "gossip",
+    "dmsgd",
+    "decentlam",
+    "qg_dsgdm",
+    "gradient_tracking",
+    "diging",
+    "k_gt",
+    "exact_diffusion",
+    "d2",
+    "extra",
+    "relay_sgd",
+    "sgp",
+    "push_diging",
+    "weighted_gossip",
+    "choco_sgd",
+    "deep_squeeze",
+    "moniqua",
+    "dfedsam",
+    "dprox_sgt",
+    "robust_tracking",
+]

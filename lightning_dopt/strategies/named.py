@@ -8,6 +8,8 @@ from typing import Literal
 from lightning_dopt import plans
 from lightning_dopt.comm.link import Link
 from lightning_dopt.compress.base import Codec
+from lightning_dopt.local import Correction
+from lightning_dopt.plans.gossip import CorrectionName, Order
 from lightning_dopt.strategies.replica import ReplicaStrategy, StartMethod
 from lightning_dopt.topology.base import Topology
 
@@ -113,7 +115,9 @@ class GossipStrategy(ReplicaStrategy):
         topology: With whom; ``None`` means the one-peer exponential graph.
         codec: What is on the wire; a lossy compressor is wrapped in ``Difference``.
         correction: Removes the bias of heterogeneous data.
-        order: Adapt then combine, combine then adapt, or adapt while combining.
+        order: Adapt then combine, combine then adapt, or adapt while combining; ``None`` is what suits the correction.
+        sync_every: Optimizer steps between mixings.
+        rounds: Exchanges per mixing.
         evaluate: See :class:`ReplicaStrategy`, as for all that follow.
         buffers: See :class:`ReplicaStrategy`.
         measure_every: See :class:`ReplicaStrategy`.
@@ -128,8 +132,10 @@ class GossipStrategy(ReplicaStrategy):
         self,
         topology: Topology | None = None,
         codec: Codec | None = None,
-        correction: Literal["none", "exact_diffusion", "gradient_tracking"] = "none",
-        order: Literal["atc", "cta", "awc"] = "atc",
+        correction: CorrectionName | Correction = "none",
+        order: Order | None = None,
+        sync_every: int = 1,
+        rounds: int = 1,
         evaluate: Evaluate = "consensus",
         buffers: BufferPolicy = "average",
         measure_every: int = 0,
@@ -140,7 +146,7 @@ class GossipStrategy(ReplicaStrategy):
         start_method: StartMethod = "popen",
     ) -> None:
         super().__init__(
-            plan=plans.gossip(topology, codec, correction, order),
+            plan=plans.gossip(topology, codec, correction, order, sync_every, rounds),
             evaluate=evaluate,
             buffers=buffers,
             measure_every=measure_every,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from lightning_dopt.compress.memory.base import Memory, as_compressor
 from lightning_dopt.compress.memory.error_feedback import EF21, EControl, ErrorFeedback
 from lightning_dopt.compress.memory.gossip import DeepSqueeze, Difference, MoniQua
+from lightning_dopt.compress.memory.inexact import Averaged, Direct
 
 __all__ = [
     "EF21",
+    "Averaged",
     "DeepSqueeze",
     "Difference",
+    "Direct",
     "EControl",
     "ErrorFeedback",
     "Memory",

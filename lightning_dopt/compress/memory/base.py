@@ -37,6 +37,9 @@ class Memory(Codec):
     relative: bool = False
     """Whether a message means something only beside the receiver's own value; see :meth:`localise`."""
 
+    static: bool = False
+    """Whether it needs a graph that does not change."""
+
     def __init__(self, codec: Compressor) -> None:
         if not isinstance(codec, Compressor):
             raise ValueError(f"{type(self).__name__}(codec={codec!r}): must be a compressor (memories do not nest)")
