@@ -51,7 +51,7 @@ class AsyncGossip:
     Creating the object is collective.
 
     Args:
-        parameters: Names and tensors, in the same order on all ranks.
+        parameters: Names and tensors, in the same order on all ranks, or such tensors already in flat buffers.
         topology: Who may meet: undirected, connected, the same at all times.
         rate: Meetings per gradient, averaged over the ranks.
         seed: Seed of the order of meetings, shared by all ranks.
@@ -59,6 +59,7 @@ class AsyncGossip:
         momentum: ``"none"`` averages (AD-PSGD), ``"acid"`` adds a second vector that speeds up badly connected graphs
             (A2CiD2; not for ``Complete()``, where there is nothing to gain).
         max_ahead: How many meetings the training loop may be ahead of the background before it waits.
+        ledger: Where to count bytes and waiting, under the label ``"pairs"``; ``None`` makes a new one.
 
     Raises:
         ValueError: an argument outside its range, or a graph that pairs cannot use.
@@ -69,13 +70,14 @@ class AsyncGossip:
 
     def __init__(
         self,
-        parameters: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor] | FlatTensors,
         topology: Topology,
         rate: float = 1.0,
         seed: int = 0,
         timeout: timedelta = timedelta(minutes=30),
         momentum: Literal["none", "acid"] = "none",
         max_ahead: int = 8,
+        ledger: Ledger | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("AsyncGossip: call torch.distributed.init_process_group first")
@@ -85,9 +87,9 @@ class AsyncGossip:
         matchings = Matchings(topology, n, seed)
         self.rule: PairRule = Acid.of(topology, n, rate) if momentum == "acid" and n > 1 else Averaging()
         self._per_gradient = matchings.indexes_per_gradient(rate)
-        self._exchange = PairExchange(matchings, self._take, self._give, timeout, max_ahead)
+        self._exchange = PairExchange(matchings, self._take, self._give, timeout, max_ahead, ledger)
         self.timeout = timeout
-        self.flat = FlatTensors(parameters)
+        self.flat = parameters if isinstance(parameters, FlatTensors) else FlatTensors(parameters)
         self.steps = 0
         """Local steps taken."""
         self.staleness: Counter[int] = Counter()
@@ -204,6 +206,10 @@ class AsyncGossip:
         self._collective(lambda: dist.all_reduce(spread, group=self._exchange.group))
         return float((spread / dist.get_world_size()).sqrt())
 
+    def close(self) -> None:
+        """Give the connections back, unless meetings are being held. Local; the object is of no use afterwards."""
+        self._exchange.close()
+
     # ------------------------------------------------------------------ what the background calls
 
     @torch.no_grad()
@@ -222,6 +228,16 @@ class AsyncGossip:
             self._fresh += 1
 
     # ------------------------------------------------------------------ state
+
+    @property
+    def running(self) -> bool:
+        """Whether meetings are being held: between :meth:`start` and :meth:`stop`."""
+        return self._exchange.running
+
+    @property
+    def started(self) -> bool:
+        """Whether there are vectors: after the first :meth:`start`, or a :meth:`load_state_dict`."""
+        return self._started
 
     @property
     def meetings(self) -> int:
@@ -256,7 +272,7 @@ class AsyncGossip:
             RuntimeError: called while meetings are held.
             ValueError: the state has another momentum or other parameters.
         """
-        if self._exchange.running:
+        if self.running:
             raise RuntimeError("AsyncGossip.load_state_dict: call stop() first")
         if state["momentum"] != self.momentum:
             raise ValueError(f"AsyncGossip(momentum={self.momentum!r}): the state was saved with {state['momentum']!r}")
@@ -277,11 +293,11 @@ class AsyncGossip:
         return {f.name: f.of(vector).clone() for lane, vector in pairs for f in lane.fields}
 
     def _must_run(self, name: str) -> None:
-        if not self._exchange.running:
+        if not self.running:
             raise RuntimeError(f"AsyncGossip.{name}: call start() first")
 
     def _must_rest(self, name: str) -> None:
-        if self._exchange.running or not self._started:
+        if self.running or not self._started:
             raise RuntimeError(f"AsyncGossip.{name}: call stop() first (and start() before that)")
 
     def _collective(self, call: Callable[[], Any]) -> None:

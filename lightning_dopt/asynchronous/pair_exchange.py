@@ -42,6 +42,7 @@ class PairExchange:
         give: ``give(received)`` takes tensors of the same shapes from the partner.
         timeout: How long the computing thread waits for progress before it gives up.
         max_ahead: How many indexes the computing thread may be ahead of the last meeting before it must wait.
+        ledger: Where to count; ``None`` makes a new one.
 
     Raises:
         ValueError: an argument outside its range, or a list for another number of ranks.
@@ -54,6 +55,7 @@ class PairExchange:
         give: Callable[[list[Tensor]], None],
         timeout: timedelta = timedelta(minutes=30),
         max_ahead: int = 8,
+        ledger: Ledger | None = None,
     ) -> None:
         if timeout <= timedelta(0):
             raise ValueError(f"PairExchange(timeout={timeout!r}): must be longer than zero")
@@ -66,7 +68,7 @@ class PairExchange:
         self.group = group
         self.rank = dist.get_rank()
         self.neighbours = matchings.neighbours(self.rank)
-        self.ledger = Ledger()
+        self.ledger = ledger if ledger is not None else Ledger()
         self.meetings = 0
         """Meetings held so far."""
         self._changed = threading.Condition()
@@ -146,6 +148,12 @@ class PairExchange:
             thread.join()
         self._threads = []
         return self._next
+
+    def close(self) -> None:
+        """Give the connections back, unless threads still use them. Local; the object is of no use afterwards."""
+        if not self.running and self._failure is None:
+            self._failure = f"rank {self.rank}: this exchange is closed"
+            dist.destroy_process_group(self.group)
 
     def _wait_until(self, done: Callable[[], bool]) -> None:
         start = time.perf_counter()

@@ -56,7 +56,7 @@ def qg_dsgdm(topology: Topology | None = None, mu: float = 0.9, nu: float = 0.99
     Raises:
         ValueError: an option out of range.
 
-    Source: Lin et al., "Quasi-Global Momentum: Accelerating Decentralized Deep Learning on Heterogeneous Data", arXiv
-    2102.04761.
+    Source: Lin et al., "Quasi-Global Momentum: Accelerating Decentralized Deep Learning on Heterogeneous Data",
+    arXiv 2102.04761.
     """
     return gossip(topology, correction=QuasiGlobalMomentum(mu, nu))

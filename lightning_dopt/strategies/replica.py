@@ -28,6 +28,7 @@ from lightning_dopt.strategies.consensus import ConsensusModel
 from lightning_dopt.strategies.meter import Meter, exact
 from lightning_dopt.strategies.optimizers import OptimizerIndex
 from lightning_dopt.strategies.stop_signal import StopSignal
+from lightning_dopt.strategies.two_passes import check_two_passes, second_pass
 from lightning_dopt.strategies.watch import Watch
 
 T = TypeVar("T")
@@ -173,6 +174,8 @@ class ReplicaStrategy(DDPStrategy):
         self._index = OptimizerIndex(module, inner, self.clock_index)
         self.engine = start.make_engine(self.plan, module, self._index, world, self.buffer_policy == "average")
         self.consensus, self._meter = ConsensusModel(self.engine), Meter(world, self.link_step_seconds)
+        check_two_passes(self.engine, module, trainer)
+        start.warn_of_lost_weights(self.plan, inner, trainer.gradient_clip_val)
         self._checkpoints.begin()
         self._undo_quiet = StopSignal(trainer, self.engine.meets, self._answers).undo
         if self.evaluate == "consensus":
@@ -200,15 +203,18 @@ class ReplicaStrategy(DDPStrategy):
         engine, meter, index = self.engine, self._meter, self._index.position(_private.unwrap_optimizer(optimizer))
         assert engine is not None
         assert meter is not None
-        assert self.lightning_module is not None
+        module = self.lightning_module
+        assert module is not None
         clock = index == self.clock_index
-        if clock and not self.lightning_module.automatic_optimization and not engine.begun:
+        if clock and not module.automatic_optimization and not engine.begun:
             raise ValueError(
                 "Blocking(order='cta' or 'awc'): needs one step of the clock optimizer per training_step; use order='atc'"
             )
 
         def closure_and_sync() -> Any:
             out = closure()
+            if engine.passes == 2:
+                second_pass(engine, closure, module, index if self._index.several else 0)
             meter.computed_gradients() if clock else meter.computed()
             engine.run(engine.on_gradients(self._loss_scale(), index if self._index.several else 0))
             return out

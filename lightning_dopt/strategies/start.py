@@ -9,9 +9,11 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_dopt.comm.world import World
 from lightning_dopt.engine import Engine
+from lightning_dopt.local.loss_weights import LossWeights, warn_if_scale_free
 from lightning_dopt.plan import Plan
 from lightning_dopt.strategies import _private
 from lightning_dopt.strategies.optimizers import OptimizerIndex
@@ -63,3 +65,10 @@ def warn_of_averages(plan: Plan, size: int, callbacks: list[Any]) -> None:
             "WeightAveraging averages each rank's own replica over time: validation measures other weights on every rank "
             "and the main checkpoint holds rank 0's average; after fit all ranks hold the mean of their averages"
         )
+
+
+def warn_of_lost_weights(plan: Plan, inner: list[Optimizer], clip: float | None) -> None:
+    """Warn where the optimizer or clipping undoes the weights of the losses."""
+    if any(isinstance(c, LossWeights) for c in plan.corrections):
+        for message in {warn_if_scale_free(optimizer, clip) for optimizer in inner} - {None}:
+            rank_zero_warn(str(message))

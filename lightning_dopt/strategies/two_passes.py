@@ -1,0 +1,53 @@
+"""Steps that take their gradient at a second point: the forward and backward pass once more, on the same batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_dopt.engine import Engine
+
+
+def check_two_passes(engine: Engine, module: LightningModule, trainer: Trainer) -> None:
+    """Refuse what cannot be done twice.
+
+    Raises:
+        ValueError: manual optimization or accumulated gradients, with corrections that need a second pass.
+    """
+    if engine.passes == 1:
+        return
+    if not module.automatic_optimization:
+        raise ValueError("SAM: the second pass repeats training_step, which needs automatic optimization")
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): SAM takes both passes on one batch, use 1"
+        )
+
+
+def second_pass(engine: Engine, closure: Callable[[], Any], module: LightningModule, group: int) -> None:
+    """Replace the gradients by those at the perturbed point; buffers and logged values stay those of the first pass."""
+    engine.perturb(group)
+    with _unnoticed(module):
+        closure()
+    engine.restore(group)
+
+
+@contextmanager
+def _unnoticed(module: LightningModule) -> Iterator[None]:
+    kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    module.log = _nothing  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.log
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of ``LightningModule.log``."""
