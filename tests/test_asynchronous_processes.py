@@ -390,6 +390,38 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(ranks: Ranks, where: str) 
     assert "no answer after 0.5 s from rank(s) 1" in ranks(hangs, 2, where)[0]
 
 
+def gives_up(world: ProcessGroupWorld) -> str:
+    gossip = AsyncGossip({"x": torch.zeros(4)}, Ring(), timeout=SHORT)
+    gossip.start()
+    if world.rank == 1:
+        gossip.abort()
+    begin = time.monotonic()
+    with pytest.raises(SyncError) as caught:
+        gossip.stop()
+    assert time.monotonic() - begin < 5
+    return str(caught.value)
+
+
+def test_a_rank_that_gives_up_says_so(ranks: Ranks) -> None:
+    first, second = ranks(gives_up, 2)
+    assert "rank 1 gave up" in first
+    assert "this rank gave up" in second
+
+
+def closes(world: ProcessGroupWorld) -> None:
+    gossip = AsyncGossip({"x": torch.zeros(4)}, Ring(), timeout=SHORT)
+    gossip.start()
+    gossip.close()  # not while meetings are held
+    gossip.stop()
+    gossip.close()
+    with pytest.raises(SyncError, match="closed"):
+        gossip.start()
+
+
+def test_connections_are_given_back(ranks: Ranks) -> None:
+    ranks(closes, 2)
+
+
 def late(world: ProcessGroupWorld) -> str:
     gossip = AsyncGossip({"x": torch.zeros(4)}, Ring(), timeout=timedelta(seconds=0.3))
     if world.rank == 1:

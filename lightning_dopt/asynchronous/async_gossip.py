@@ -206,6 +206,10 @@ class AsyncGossip:
         self._collective(lambda: dist.all_reduce(spread, group=self._exchange.group))
         return float((spread / dist.get_world_size()).sqrt())
 
+    def abort(self) -> None:
+        """Give up because of a failure elsewhere: others get a :class:`SyncError`. Does not wait."""
+        self._exchange.abort()
+
     def close(self) -> None:
         """Give the connections back, unless meetings are being held. Local; the object is of no use afterwards."""
         self._exchange.close()

@@ -149,6 +149,11 @@ class PairExchange:
         self._threads = []
         return self._next
 
+    def abort(self) -> None:
+        """Give up: tell the neighbours, from the background, and refuse all further calls. Does not wait."""
+        if self.running:
+            self._fail("this rank gave up", self.rank)
+
     def close(self) -> None:
         """Give the connections back, unless threads still use them. Local; the object is of no use afterwards."""
         if not self.running and self._failure is None:
@@ -202,7 +207,8 @@ class PairExchange:
                 self._gone.add(source)
             self._changed.notify_all()
         if kind == _LOST:
-            self._fail(f"rank {source} " + (f"says that rank {value} is lost" if value >= 0 else "gave up"), value)
+            others = value not in (source, -1)
+            self._fail(f"rank {source} " + (f"says that rank {value} is lost" if others else "gave up"), value)
 
     # ------------------------------------------------------------------ the meeting thread
 
