@@ -35,7 +35,7 @@ from lightning_dopt.local import (
 )
 from lightning_dopt.outer import HeavyBall, Nesterov
 from lightning_dopt.plan import Plan, Sync
-from lightning_dopt.schedules import After, AtEnd, Bernoulli, Every, Until
+from lightning_dopt.schedules import After, AtEnd, Bernoulli, Drifted, Every, Until
 from lightning_dopt.simulate import Simulation
 from lightning_dopt.topology import (
     Complete,
@@ -83,6 +83,7 @@ __all__ = [  # noqa: RUF022
     "Difference",
     "DiLoCoStrategy",
     "Directed",
+    "Drifted",
     "EControl",
     "EF21",
     "Engine",

@@ -11,10 +11,12 @@ from torch import Tensor
 from lightning_dopt._random import key
 from lightning_dopt.apply import OneRound
 from lightning_dopt.comm.world import Talk, World
+from lightning_dopt.distance import sketched_distance
 from lightning_dopt.exchange import Channel
 from lightning_dopt.local.base import Context
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import GradientRunner, LaneRunner, SyncRunner
+from lightning_dopt.schedules import Drifted
 from lightning_dopt.slots import FlatBuffers, FlatGradients, FlatTensors, Lane, tracker_lane
 from lightning_dopt.what import OptimizerState
 
@@ -71,6 +73,7 @@ class Engine:
         self.parameters = dict(parameters)
         self.step = 0
         self._begun = False
+        self._far: dict[str, bool] = {}
         self.optimizer_state = optimizer_state
         self.groups = [list(g) for g in gradient_groups] if gradient_groups is not None else [list(self.parameters)]
         chosen = [self._selected(s) for s in plan if s.what.slot in ("parameters", "gradients", "tracker")]
@@ -176,7 +179,7 @@ class Engine:
         step = self.step + 1 if step is None else step
         if not self.communicates(step):
             return False
-        if all(sync.peers.is_mean(self.world.size) or sync.when.at_end for sync in self.plan):
+        if all(sync.peers.is_mean(self.world.size) or sync.when.at_end or sync.when.measured for sync in self.plan):
             return True
         return step % 32 == 0
 
@@ -268,17 +271,30 @@ class Engine:
             correction.on_stepped()
         if self.communicates(step):
             self.flat.reclaim()
+        yield from self._measure(step)
         for runner in self.runners:
             yield from self._tick(runner, step)
-        if self.buffer_runner is not None and self.buffer_runner.sync.when.due(step):
+        if self.buffer_runner is not None and self._due(self.buffer_runner, step):
             yield from self._sync_buffers(self.buffer_runner, step)
 
     def _tick(self, runner: SyncRunner, step: int) -> Talk[None]:
-        due, order = runner.sync.when.due(step), getattr(runner.sync.apply, "order", "atc")
+        due, order = self._due(runner, step), getattr(runner.sync.apply, "order", "atc")
         if due and order == "atc":
             yield from self._round(runner, step)
         else:
             yield from runner.apply_due(step)
+
+    def _due(self, runner: SyncRunner, step: int) -> bool:
+        """Whether the sync belongs to this step; for schedules that measure, whether the distance is above theirs."""
+        when = runner.sync.when
+        return when.due(step) and (not isinstance(when, Drifted) or self._far[repr(when)])
+
+    def _measure(self, step: int) -> Talk[None]:
+        """Ask once per step how far replicas are apart, if a schedule wants to know."""
+        asking = [r.sync.when for r in self.runners if isinstance(r.sync.when, Drifted) and r.sync.when.due(step)]
+        if asking:
+            distance, norm = yield from sketched_distance(self.flat.lanes, self.world, key(self.plan.seed, step))
+            self._far = {repr(w): distance > w.threshold * (norm if w.relative else 1.0) for w in asking}
 
     def _round(self, runner: SyncRunner, step: int) -> Talk[None]:
         """The send half, then the apply half if it belongs to the same tick."""

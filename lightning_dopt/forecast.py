@@ -20,6 +20,7 @@ from lightning_dopt.exchange import Channel, Flight, message_bytes
 from lightning_dopt.local.base import BoundCorrection
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import LaneRunner, SyncRunner
+from lightning_dopt.schedules import Drifted
 from lightning_dopt.slots import Lane
 from lightning_dopt.topology.base import Topology
 
@@ -80,7 +81,7 @@ def forecast(
     The engine itself runs, over tensors that have a shape and no content, so the order of messages, their sizes and the
     waiting are those of a real run; only encoding, decoding and arithmetic are left out. Bytes and times equal those of
     :class:`~lightning_dopt.Simulation` exactly. Agreement flags of mixed precision and measurements of the consensus
-    are no part of it.
+    are no part of it. A schedule that measures (``Drifted``) is taken to sync whenever it may: the most it can cost.
 
     Args:
         plan: What to do.
@@ -348,6 +349,14 @@ class _SizedEngine(Engine):
         runner = super()._runner(index, sync, label, lanes)
         runner.lanes = [_SizedLane(sync, lane.lane, lane.channel, lane.corrections) for lane in runner.lanes]
         return runner
+
+    def _measure(self, step: int) -> Talk[None]:
+        """Nothing is known of distances: every schedule that measures is taken to find replicas apart."""
+        for runner in self.runners:
+            if isinstance(runner.sync.when, Drifted) and runner.sync.when.due(step):
+                self._far[repr(runner.sync.when)] = True
+        return
+        yield
 
     def rounds(self) -> dict[str, int]:
         """Rounds sent by label."""

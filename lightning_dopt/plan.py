@@ -246,6 +246,11 @@ def _check_apply(sync: Sync) -> None:
         )
     if isinstance(sync.apply, OneRound) and sync.signal != "delta":
         raise ValueError(f"Sync(signal='value', apply={sync.apply!r}): OneRound corrects deltas, use signal='delta'")
+    if sync.when.measured and (sync.what.slot != "parameters" or sync.apply != Blocking()):
+        raise ValueError(
+            f"Sync(what={sync.what!r}, when={sync.when!r}, apply={sync.apply!r}): what is measured are parameters after the "
+            "step; use what='parameters' and apply=Blocking()"
+        )
     if sync.when.at_end and sync.apply != Blocking():
         raise ValueError(
             f"Sync(when={sync.when!r}, apply={sync.apply!r}): nothing follows the last step, use Blocking()"

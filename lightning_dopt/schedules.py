@@ -20,6 +20,9 @@ class When(Part, ABC):
     at_end: bool = False
     """Whether the sync runs once more after the last step of training."""
 
+    measured: bool = False
+    """Whether the engine measures how far replicas are apart before it decides."""
+
     @abstractmethod
     def due(self, step: int) -> bool:
         """Whether the sync belongs to optimizer step ``step`` (1 is the first)."""
@@ -66,6 +69,45 @@ class Bernoulli(When):
         return uniform(self.seed, step) < self.p
 
 
+class Drifted(When):
+    """When replicas have drifted apart: measure at the steps of ``when``, sync if the distance exceeds a threshold.
+
+    The distance is that of ``consensus/distance``, ``sqrt(mean_i ||x_i - mean||^2)``, estimated from a random sketch: 257
+    numbers per measurement cross the network instead of the model, and the estimate is right on average, to about 10 %.
+    All ranks get the same estimate and so decide alike. A sync that measures needs all ranks at those steps, also over a
+    sparse graph.
+
+    Args:
+        threshold: Distance above which ranks sync, above 0.
+        when: At which steps to measure; ``None`` means every step.
+        relative: Whether the threshold is a share of the norm of the mean model.
+
+    Raises:
+        ValueError: ``threshold <= 0`` or a schedule inside that measures itself.
+
+    Source: Kong et al., "Consensus Control for Decentralized Deep Learning", arXiv 2102.04828.
+    """
+
+    measured = True
+
+    def __init__(self, threshold: float, when: When | None = None, relative: bool = False) -> None:
+        self.threshold = check_float("Drifted", "threshold", threshold, 0.0, open_low=True)
+        self.when = _unmeasured("Drifted", when if when is not None else Every(1))
+        self.relative = relative
+
+    def due(self, step: int) -> bool:
+        """Whether the distance is measured at ``step``; the engine decides whether a sync follows."""
+        return self.when.due(step)
+
+
+def _unmeasured(owner: str, when: When) -> When:
+    if when.measured:
+        raise ValueError(
+            f"{owner}(when={when!r}): cannot hold a schedule that measures; put it inside: Drifted(when=...)"
+        )
+    return when
+
+
 class After(When):
     """Nothing during the first ``start`` steps, then ``when`` with its steps counted from there.
 
@@ -79,7 +121,7 @@ class After(When):
 
     def __init__(self, start: int, when: When) -> None:
         self.start = check_int("After", "start", start, 0)
-        self.when = when
+        self.when = _unmeasured("After", when)
 
     def due(self, step: int) -> bool:
         """See :meth:`When.due`."""
@@ -102,7 +144,7 @@ class Until(When):
 
     def __init__(self, stop: int, when: When) -> None:
         self.stop = check_int("Until", "stop", stop, 1)
-        self.when = when
+        self.when = _unmeasured("Until", when)
 
     def due(self, step: int) -> bool:
         """See :meth:`When.due`."""

@@ -1,0 +1,48 @@
+"""How far replicas are apart, estimated from a few hundred numbers of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_dopt._random import key
+from lightning_dopt.comm.world import Talk, World
+from lightning_dopt.slots import Lane
+
+BUCKETS = 256
+"""Numbers in a sketch; the relative error of a squared distance is about ``sqrt(2 / BUCKETS)``."""
+
+
+def sketch(lanes: Sequence[Lane], seed: int) -> Tensor:
+    """A linear map of a replica to ``BUCKETS`` numbers that keeps squared norms on average (a count sketch).
+
+    Every coordinate gets a random sign and is added to a bucket. With the same seed all ranks use the same map.
+    """
+    device = lanes[0].live.device
+    total = torch.zeros(BUCKETS, dtype=torch.float64, device=device)
+    for k, lane in enumerate(lanes):
+        generator = torch.Generator(device).manual_seed(key(seed, k))
+        rows = -(-lane.numel // BUCKETS)
+        signed = torch.zeros(rows * BUCKETS, dtype=lane.message_dtype, device=device)
+        signs = torch.randint(0, 2, (lane.numel,), generator=generator, dtype=torch.int8, device=device)
+        torch.mul(lane.live, signs.mul_(2).sub_(1), out=signed[: lane.numel])
+        total += signed.view(rows, BUCKETS).sum(0, dtype=torch.float64)
+    return total
+
+
+def sketched_distance(
+    lanes: Sequence[Lane], world: World, seed: int, label: str = "distance"
+) -> Talk[tuple[float, float]]:
+    """Estimates of ``sqrt(mean_i ||x_i - mean||^2)`` and of ``||mean||``, the same on all ranks.
+
+    One all-reduce of ``BUCKETS + 1`` numbers in double precision, counted as overhead.
+    """
+    mine = sketch(lanes, seed)
+    message = torch.cat([mine, mine.square().sum().view(1)])
+    if world.size > 1:
+        message = yield world.all_reduce(message, label, overhead=True)
+        message = message / world.size
+    squared_norm = float(message[:-1].square().sum())
+    return max(0.0, float(message[-1]) - squared_norm) ** 0.5, squared_norm**0.5
