@@ -133,6 +133,12 @@ class AsyncGossipStrategy(ReplicaStrategy):
         self.settle()
         super().on_train_end()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """See :meth:`ReplicaStrategy.on_exception`; partners are told as well."""
+        super().on_exception(exception)
+        if self.gossip is not None:
+            self.gossip.abort()
+
     def teardown(self) -> None:
         """See :meth:`ReplicaStrategy.teardown`."""
         if self.gossip is not None:
