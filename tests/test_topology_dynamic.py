@@ -135,6 +135,8 @@ def test_equi_offsets_are_uniform() -> None:
     count = Counter(ODEquiDyn(seed=4).offset(9, t) for t in range(4000))
     assert sorted(count) == list(range(1, 9))
     assert max(abs(c - 500) for c in count.values()) < 4.5 * math.sqrt(500)
+    again = sum(ODEquiDyn(seed=4).offset(9, t) == ODEquiDyn(seed=4).offset(9, t + 1) for t in range(4000))
+    assert abs(again - 500) < 4.5 * math.sqrt(500)
     some = {ODEquiDyn(peers=3, seed=4).offset(16, t) for t in range(100)}
     assert some == set(DEquiStatic(peers=3, seed=4).offsets(16))
 
