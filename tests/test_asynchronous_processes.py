@@ -176,27 +176,22 @@ def test_average_gives_the_mean_and_the_distance_before(ranks: Ranks) -> None:
     assert ranks(averaged, 4) == [(pytest.approx(distance), [1.5] * 3)] * 4
 
 
-def slow_answers(world: ProcessGroupWorld) -> float:
-    """Rank 1 spends 0.6 s in one gradient; how long rank 0 needs for 50 steps with meetings meanwhile."""
-    x = {"x": torch.zeros(4)}
-    gossip = AsyncGossip(x, Ring(), timeout=SHORT)
+def slow_answers(world: ProcessGroupWorld) -> int:
+    """Rank 1's only gradient lasts until rank 0 has taken 50 steps, with a meeting each."""
+    gossip = AsyncGossip({"x": torch.zeros(4)}, Ring(), timeout=SHORT)
     gossip.start()
-    dist.barrier()
-    begin = time.monotonic()
-    if world.rank == 1:
-        time.sleep(0.6)
+    for _ in range(50 if world.rank == 0 else 0):
         gossip.local_step()
-    else:
-        for _ in range(50):
-            gossip.local_step()
-    spent = time.monotonic() - begin
+    dist.barrier()
+    held = gossip.meetings
+    gossip.local_step()
     gossip.stop()
-    assert gossip.meetings == 50
-    return spent
+    assert gossip.meetings == 51
+    return held
 
 
 def test_a_slow_rank_answers_from_the_background(ranks: Ranks) -> None:
-    assert ranks(slow_answers, 2)[0] < 0.4
+    assert min(ranks(slow_answers, 2)) >= 50 - 8  # all but those that local_step need not wait for
 
 
 def bounded(world: ProcessGroupWorld) -> list[int]:
@@ -214,7 +209,7 @@ def bounded(world: ProcessGroupWorld) -> list[int]:
             gossip.local_step()
             ahead.append(step + 1 - gossip.meetings)
         stalled = gossip.ledger.stall_s
-        assert stalled > 0.1
+        assert stalled > 0.01
     gossip.stop()
     return ahead
 
@@ -360,11 +355,9 @@ def test_a_rank_that_dies_is_named_by_all_others_at_once(ranks: Ranks) -> None:
 
 def hangs(world: ProcessGroupWorld, where: str) -> str:
     x = {"x": torch.zeros(4)}
-    gossip = AsyncGossip(x, Ring(), timeout=timedelta(seconds=0.5), max_ahead=2)
-    if where == "start" and world.rank == 1:
-        time.sleep(1.0)
-        return ""
+    gossip = AsyncGossip(x, Ring(), timeout=SHORT, max_ahead=2)
     gossip.start()
+    gossip._exchange.timeout = timedelta(seconds=0.5)
     dist.barrier()
     if world.rank == 1:
         with gossip._lock:
