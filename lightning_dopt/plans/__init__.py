@@ -1,5 +1,6 @@
 """Published methods, each a small function that returns a :class:`~lightning_dopt.Plan`."""
 
+from lightning_dopt.plans.beer import beer
 from lightning_dopt.plans.compressed_ddp import compressed_ddp
 from lightning_dopt.plans.compressed_gossip import choco_sgd, deep_squeeze, moniqua
 from lightning_dopt.plans.dfedsam import dfedsam
@@ -39,6 +40,7 @@ __all__ = [  # noqa: RUF022  (by family)
     "choco_sgd",
     "deep_squeeze",
     "moniqua",
+    "beer",
     "dfedsam",
     "dprox_sgt",
     "robust_tracking",
