@@ -115,6 +115,7 @@ def test_more_peers_of_the_exponential_graph(peers: int, powers: tuple[int, ...]
         found = product(topology, n)
         assert (found.rounds, found.exact) == (power, True)
         assert topology.max_degree(n) == peers
+    assert OnePeerExponential(2).receivers(5, 0, 1) == [3]  # 6 would be 1 once more
     assert [OnePeerExponential(2).receivers(9, 0, t) for t in range(2)] == [[1, 2], [3, 6]]
 
 

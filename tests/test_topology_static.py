@@ -148,6 +148,7 @@ def test_push_weights_on_the_digraph_of_five() -> None:
     assert (found.row_stochastic, found.column_stochastic, found.doubly_stochastic) == (False, True, False)
     eigenvalues = torch.linalg.eigvals(c).abs().sort().values
     assert float(eigenvalues[-2]) <= found.rate < 1
+    assert found.rate == pytest.approx(consensus_rate(c.T, v.tolist()))  # ratios move as the transpose does
 
 
 def test_pull_weights_keep_the_perron_mean() -> None:
