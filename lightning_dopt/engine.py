@@ -94,6 +94,7 @@ class Engine:
         self.runners: list[SyncRunner] = []
         for index, (sync, label) in enumerate(zip(plan, plan.labels(), strict=True)):
             self._add(index, sync, label)
+        self._buffer_host = next((s for s in plan if s.what.slot in ("parameters", "gradients")), None)
         self.buffer_runner = self._buffer_runner() if sync_buffers else None
         self.optimizer_flats: dict[str, FlatTensors] = {}
 
@@ -149,10 +150,11 @@ class Engine:
 
     def _buffer_runner(self) -> SyncRunner | None:
         """Buffers follow the first sync of parameters or gradients unless the plan names them itself."""
-        host = next((s for s in self.plan if s.what.slot in ("parameters", "gradients")), None)
+        host = self._buffer_host
         if not self.buffers.buffers or host is None or any(s.what.slot == "buffers" for s in self.plan):
             return None
-        sync = Sync(when=host.when, what="buffers", peers=host.peers)
+        when = host.when.when if isinstance(host.when, Drifted) else host.when  # the host decides
+        sync = Sync(when=when, what="buffers", peers=host.peers)
         return self._runner(len(self.plan.syncs), sync, "buffers", [self.buffers.lane])
 
     # ------------------------------------------------------------------ the tick
@@ -274,19 +276,19 @@ class Engine:
         yield from self._measure(step)
         for runner in self.runners:
             yield from self._tick(runner, step)
-        if self.buffer_runner is not None and self._due(self.buffer_runner, step):
+        if self.buffer_runner is not None and self._buffer_host is not None and self._due(self._buffer_host, step):
             yield from self._sync_buffers(self.buffer_runner, step)
 
     def _tick(self, runner: SyncRunner, step: int) -> Talk[None]:
-        due, order = self._due(runner, step), getattr(runner.sync.apply, "order", "atc")
+        due, order = self._due(runner.sync, step), getattr(runner.sync.apply, "order", "atc")
         if due and order == "atc":
             yield from self._round(runner, step)
         else:
             yield from runner.apply_due(step)
 
-    def _due(self, runner: SyncRunner, step: int) -> bool:
+    def _due(self, sync: Sync, step: int) -> bool:
         """Whether the sync belongs to this step; for schedules that measure, whether the distance is above theirs."""
-        when = runner.sync.when
+        when = sync.when
         return when.due(step) and (not isinstance(when, Drifted) or self._far[repr(when)])
 
     def _measure(self, step: int) -> Talk[None]:

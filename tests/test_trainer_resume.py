@@ -16,6 +16,7 @@ from lightning_dopt import (
     Bernoulli,
     Delay,
     Difference,
+    Drifted,
     ErrorFeedback,
     Every,
     Int8,
@@ -33,7 +34,9 @@ from lightning_dopt import (
     outer,
     plans,
 )
+from lightning_dopt.compress import GaussianNoise
 from lightning_dopt.topology import Lazy
+from lightning_dopt.topology.thinned import Thinned
 
 pytestmark = pytest.mark.trainer
 
@@ -64,6 +67,15 @@ PLANS = {
     "delay_delta_int8": delta(Delay(2), codec=Int8()),
     "one_round": delta(OneRound()),
     "one_round_own": delta(OneRound("own_share"), codec=Int8()),
+    "extra": plans.extra(Lazy(Ring())),
+    "k_gt": plans.k_gt(Lazy(Ring()), 3),
+    "quasi_global": plans.qg_dsgdm(Lazy(Ring())),
+    "decentlam": plans.decentlam(Lazy(Ring())),
+    "by_edge": plans.gossip(Thinned(Ring(), 0.6), Int8()),
+    "deep_squeeze": plans.deep_squeeze(Lazy(Ring())),
+    "robust": plans.robust_tracking(Lazy(Ring()), GaussianNoise(0.01)),
+    "sam": plans.dfedsam(Lazy(Ring()), 2, rounds=2),
+    "drifted": Plan([Sync(Drifted(0.3))]),
     "parts": Plan(
         [
             Sync(when=Every(2), what=Parameters("net.0.*")),

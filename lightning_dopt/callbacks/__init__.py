@@ -1,0 +1,5 @@
+"""Callbacks beside the strategies."""
+
+from lightning_dopt.callbacks.mergeability import Mergeability
+
+__all__ = ["Mergeability"]
