@@ -17,6 +17,8 @@ class Entry:
     """Collectives or neighbour exchanges started."""
     stall_s: float = 0.0
     """Seconds this rank stood still, waiting."""
+    skipped: int = 0
+    """Exchanges with a neighbour that did not take place because it is lost or the link rests."""
 
 
 @dataclass
@@ -39,6 +41,16 @@ class Ledger:
     def stalled(self, label: str, seconds: float) -> None:
         """Count time spent waiting."""
         self.entry(label).stall_s += seconds
+
+    def skip(self, label: str, count: int) -> None:
+        """Count exchanges with neighbours that did not take place."""
+        if count:
+            self.entry(label).skipped += count
+
+    @property
+    def skipped(self) -> int:
+        """All exchanges with a neighbour that did not take place."""
+        return sum(e.skipped for e in self.entries.values())
 
     @property
     def bytes(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from lightning_dopt.comm.ledger import all_gather_bytes, all_reduce_bytes
 from lightning_dopt.comm.link import LinkClock
+from lightning_dopt.comm.links import REST, OnLostPeer, make_links
+from lightning_dopt.comm.through_zero import ThroughZero
 from lightning_dopt.comm.world import Pending, SyncError, Talk, World
 
 T = TypeVar("T")
 # One function, renamed in torch 2.14.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+TAGS = 65536
+"""Operations until their tags start again; gloo matches by tag, NCCL by order, and both hold here."""
 
 
 class _Work(Pending):
@@ -46,23 +51,71 @@ class _Work(Pending):
             for work in self.works:
                 work.wait()
         except (RuntimeError, dist.DistError) as error:
-            raise SyncError(self._explain(error, time.perf_counter() - start)) from error
+            waited = time.perf_counter() - start
+            raise self.world.gave_up(self.label, self.step, self.peers, waited, error) from error
         self.world.ledger.stalled(self.label, time.perf_counter() - start)
         if self.world.clock is not None:
             self.world.clock.wait(self.done)
         self.keep = None
         return self.result()
 
-    def _explain(self, error: Exception, waited: float) -> str:
-        who = self.world.diagnose(self.label, self.step) or self.peers
-        return no_answer(self.world.rank, self.step, f"sync '{self.label}'", who, waited, error)
+
+class _Neighbours(Pending):
+    """An exchange over links that may fail or rest: every neighbour is waited for on its own.
+
+    Never with a time limit of gloo's, which would close the links to all others, too.
+    """
+
+    def __init__(
+        self, world: ProcessGroupWorld, send: Mapping[int, Tensor], boxes: dict[int, Tensor], label: str, done: float
+    ) -> None:
+        assert world.links is not None
+        self.world, self.links, self.send, self.boxes, self.label, self.done = (
+            world, world.links, dict(send), boxes, label, done,
+        )  # fmt: skip
+        self.step, tag = world.step, world.next_tag()
+        start = time.perf_counter()
+        self.flags = {j: self.links.flag(j, self.step) for j in boxes} if self.links.patience is not None else {}
+        self.bytes = {j: torch.tensor([flag, 0], dtype=torch.uint8) for j, flag in self.flags.items()}
+        self.works: dict[int, list[Any]] = {}
+        for j, box in boxes.items():
+            with world.may_lose(j, label, self.step, start):
+                self.works[j] = [world.post(dist.irecv, box, j, tag), world.post(dist.isend, send[j], j, tag)]
+                if j in self.bytes:
+                    mine, theirs = self.bytes[j][:1], self.bytes[j][1:]
+                    self.works[j] += [
+                        world.post(dist.irecv, theirs, j, tag, 1),
+                        world.post(dist.isend, mine, j, tag, 1),
+                    ]
+
+    def wait(self) -> dict[int, Tensor]:
+        """See :meth:`Pending.wait`."""
+        start = now = time.perf_counter()
+        got = {}
+        for j, works in self.works.items():
+            with self.world.may_lose(j, self.label, self.step, start):
+                for work in works:
+                    work.wait()
+                got[j] = self.boxes[j]
+            before, now = now, time.perf_counter()  # time spent on others before is not this one's
+            if j in got and j in self.flags:
+                self.links.met(j, self.world.step, self.flags[j], int(self.bytes[j][1]), now - before)
+        self.world.ledger.skip(self.label, len(self.boxes) - len(got))
+        self.world.ledger.stalled(self.label, now - start)
+        if self.world.clock is not None:
+            self.world.clock.wait(self.done)
+        self.send = {}
+        return got
 
 
 def no_answer(rank: int, step: int, where: str, who: str, waited: float, error: Exception) -> str:
     """The line of a :class:`SyncError`: where this rank waited, for whom, and what the backend said."""
+    return f"rank {rank}, step {step}, {where}: no answer after {waited:.1f} s from {who} ({_said(error)})"
+
+
+def _said(error: Exception) -> str:
     said = (str(error).splitlines() or [type(error).__name__])[0]
-    said = re.sub(r"^\[\S*\] ", "", said).partition(". This is typically caused by")[0]
-    return f"rank {rank}, step {step}, {where}: no answer after {waited:.1f} s from {who} ({said})"
+    return re.sub(r"^\[\S*\] ", "", said).partition(". This is typically caused by")[0]
 
 
 class ProcessGroupWorld(World):
@@ -76,9 +129,16 @@ class ProcessGroupWorld(World):
         backend: Backend of the group; ``None`` takes the default group's.
         clock: A virtual link clock that also runs.
         diagnose: Called with (label, step) after a failure, returns who is missing in words, or an empty string.
+        on_lost_peer: ``"end"``: a peer that is gone ends the run with a :class:`SyncError`. ``"continue"``: the others go on
+            without it, see :class:`~lightning_dopt.comm.links.Links`; sums over all ranks then go through rank 0, whose
+            loss ends the run. A peer that hangs with its connections open still ends those that wait for it after
+            ``timeout``.
+        patience: Seconds to wait for a neighbour before its link is to rest; ``None``: links never rest.
+        rest: Optimizer steps with a meeting of the pair that a link rests.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
+        ValueError: an argument out of range, or a backend other than gloo with ``on_lost_peer="continue"`` or ``patience``.
     """
 
     def __init__(
@@ -87,10 +147,20 @@ class ProcessGroupWorld(World):
         backend: str | None = None,
         clock: LinkClock | None = None,
         diagnose: Callable[[str, int], str] | None = None,
+        on_lost_peer: OnLostPeer = "end",
+        patience: float | None = None,
+        rest: int = REST,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("ProcessGroupWorld: call torch.distributed.init_process_group first")
-        super().__init__(dist.get_rank(), dist.get_world_size(), clock)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        links = make_links(rank, size, on_lost_peer, patience, rest, type(self).__name__)
+        used = backend or dist.get_backend()
+        if links is not None and used != "gloo":
+            raise ValueError(
+                f"ProcessGroupWorld(backend={used!r}): links may fail or rest (on_lost_peer, patience) only with 'gloo'"
+            )
+        super().__init__(rank, size, clock, links)
         group = dist.new_group(timeout=timeout, backend=backend)
         assert isinstance(group, dist.ProcessGroup)  # every rank belongs to it
         self.group = group
@@ -111,8 +181,83 @@ class ProcessGroupWorld(World):
         try:
             pending.works = start()
         except (RuntimeError, dist.DistError) as error:
-            raise SyncError(pending._explain(error, 0.0)) from error
+            raise self.gave_up(label, pending.step, peers, 0.0, error) from error
         return pending
+
+    def gave_up(self, label: str, step: int, peers: str, waited: float, error: Exception) -> SyncError:
+        """The error to raise when ``peers`` did not answer."""
+        who = self.diagnose(label, step) or peers
+        return SyncError(no_answer(self.rank, step, f"sync '{label}'", who, waited, error))
+
+    @contextmanager
+    def may_lose(self, j: int, label: str, step: int, start: float) -> Iterator[None]:
+        """Communication with rank ``j`` alone: if it fails the link is lost, or the run ends.
+
+        Raises:
+            SyncError: lost peers end the run, or the time is up, after which gloo closes all links of this rank.
+        """
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            late = re.search("timed out|timeout", str(error), re.IGNORECASE)
+            if self.links is None or not self.links.goes_on or late:
+                raise self.gave_up(label, step, f"rank(s) {j}", time.perf_counter() - start, error) from error
+            self.links.lose(j, step, _said(error))
+
+    def next_tag(self) -> int:
+        """The tag of the next operation, the same on all ranks."""
+        self._tag = (self._tag + 1) % TAGS
+        return self._tag
+
+    def post(self, operation: Callable[..., Any], tensor: Tensor, j: int, tag: int, kind: int = 0) -> Any:
+        """Start ``dist.isend`` or ``dist.irecv`` with rank ``j``; different ``kind`` of one operation do not mix."""
+        return operation(tensor, self._global(j), group=self.group, tag=tag + kind * TAGS)
+
+    @property
+    def _through_zero(self) -> bool:
+        return self.size > 1 and self.links is not None and self.links.goes_on
+
+    def meet(
+        self,
+        mine: Tensor,
+        fold: Callable[[int, Tensor], None],
+        answer: Callable[[], Tensor],
+        result: Callable[[Tensor], Any],
+        label: str,
+        answer_bytes: int = 0,
+        overhead: bool = True,
+    ) -> Pending:
+        """A collective over the ranks that are left, see :class:`ThroughZero`; needs ``on_lost_peer="continue"``.
+
+        Args:
+            mine: This rank's bytes.
+            fold: See :class:`ThroughZero`.
+            answer: See :class:`ThroughZero`.
+            result: See :class:`ThroughZero`.
+            label: Name in the ledger and in errors.
+            answer_bytes: Length of the answer, for the ledger of rank 0.
+            overhead: Whether the bytes carry no part of the signal.
+        """
+        nbytes = answer_bytes * (self.size - len(self.lost) - 1) if self.rank == 0 else len(mine)
+        self.ledger.sent(label, 0 if overhead else nbytes, nbytes if overhead else 0)
+        return ThroughZero(self, mine, fold, answer, result, label, self.next_tag())
+
+    def _fold(self, tensor: Tensor, into: Callable[[Tensor, Tensor], Any], label: str, overhead: bool) -> Pending:
+        """``tensor`` of all ranks that are left folded into one, in ascending order of the ranks."""
+        total: list[Tensor] = []
+
+        def fold(j: int, got: Tensor) -> None:
+            value = got.view(tensor.dtype)
+            if total:
+                into(total[0], value)
+            else:
+                total.append(value.clone())
+
+        def result(out: Tensor) -> Tensor:
+            return tensor.copy_(out.view(tensor.dtype).view(tensor.shape))
+
+        mine = _bytes(tensor)
+        return self.meet(mine, fold, lambda: total[0].view(torch.uint8), result, label, len(mine), overhead)
 
     def _reduce(self, tensor: Tensor, op: Any, label: str) -> Pending:
         seconds = self.clock.link.all_reduce(tensor.nbytes, self.size) if self.clock is not None else 0.0
@@ -127,17 +272,33 @@ class ProcessGroupWorld(World):
 
     def all_reduce(self, tensor: Tensor, label: str, *, overhead: bool = False) -> Pending:
         """See :meth:`World.all_reduce`."""
+        if self._through_zero:
+            return self._fold(tensor, torch.Tensor.add_, label, overhead)
         nbytes = all_reduce_bytes(tensor.nbytes, self.size)
         self.ledger.sent(label, 0 if overhead else nbytes, nbytes if overhead else 0)
         return self._reduce(tensor, dist.ReduceOp.SUM, label)
 
     def all_reduce_max(self, tensor: Tensor, label: str) -> Pending:
         """See :meth:`World.all_reduce_max`."""
+        if self._through_zero:
+            return self._fold(tensor, lambda a, b: torch.maximum(a, b, out=a), label, True)
         self.ledger.sent(label, 0, all_reduce_bytes(tensor.nbytes, self.size))
         return self._reduce(tensor, dist.ReduceOp.MAX, label)
 
     def all_gather(self, payload: Tensor, label: str) -> Pending:
-        """See :meth:`World.all_gather`."""
+        """See :meth:`World.all_gather`. Where peers may be lost the rows are those of the ranks that are left."""
+        if self._through_zero:
+            rows: list[Tensor] = []
+            payload_bytes = _bytes(payload)
+            return self.meet(
+                payload_bytes,
+                lambda j, row: rows.append(row),
+                lambda: torch.cat(rows),
+                lambda out: out.view(payload.dtype).view(-1, *payload.shape).to(payload.device),
+                label,
+                len(payload_bytes) * self.size,
+                overhead=False,
+            )
         self.ledger.sent(label, all_gather_bytes(payload.nbytes, self.size))
         out = torch.empty((self.size, *payload.shape), dtype=payload.dtype, device=payload.device)
         if self.size == 1:
@@ -168,10 +329,12 @@ class ProcessGroupWorld(World):
             j: lent[j] if j in lent else torch.empty(length, dtype=torch.uint8, device=device)
             for j, length in sorted(receive.items())
         }
-        self._tag = (self._tag + 1) % 65536  # gloo matches by tag, NCCL by order; both hold here
-        ops = [dist.P2POp(dist.irecv, box, self._global(j), self.group, self._tag) for j, box in boxes.items()]
-        ops += [dist.P2POp(dist.isend, t, self._global(j), self.group, self._tag) for j, t in sorted(send.items())]
         seconds = self.clock.link.exchange(max(nbytes, sum(receive.values()))) if self.clock is not None else 0.0
+        if self.links is not None and send.keys() == receive.keys():
+            return _Neighbours(self, send, boxes, label, self.clock.post(seconds) if self.clock is not None else 0.0)
+        tag = self.next_tag()
+        ops = [dist.P2POp(dist.irecv, box, self._global(j), self.group, tag) for j, box in boxes.items()]
+        ops += [dist.P2POp(dist.isend, t, self._global(j), self.group, tag) for j, t in sorted(send.items())]
         peers = f"rank(s) {', '.join(map(str, sorted({*send, *receive})))}"
         return self._start(
             lambda: dist.batch_isend_irecv(ops) if ops else [],
@@ -193,3 +356,8 @@ class ProcessGroupWorld(World):
                 pending = talk.send(pending.wait())
         except StopIteration as stop:
             return stop.value
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in main memory, 1-D, without a copy where possible."""
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.comm.link import LinkClock
+from lightning_dopt.comm.links import Links
 
 T = TypeVar("T")
 
@@ -49,11 +50,21 @@ class World(ABC):
     step: int = 0
     """The optimizer step being synchronised, for error messages."""
 
-    def __init__(self, rank: int, size: int, clock: LinkClock | None = None) -> None:
+    def __init__(self, rank: int, size: int, clock: LinkClock | None = None, links: Links | None = None) -> None:
         self.rank = rank
         self.size = size
         self.clock = clock
         self.ledger = Ledger()
+        self.links = links
+        """What this rank knows of links that may fail or rest; ``None`` if none may."""
+        self.present = list(range(size))
+        """The ranks that took part in the last sum over all: all of them, less those that were lost."""
+
+    @property
+    def lost(self) -> list[int]:
+        """The ranks that this rank knows to be lost."""
+        seen = self.links.lost if self.links is not None else set()
+        return sorted(seen | (set(range(self.size)) - set(self.present)))
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, label: str, *, overhead: bool = False) -> Pending:
@@ -78,7 +89,8 @@ class World(ABC):
         """Send 1-D ``uint8`` tensors to the ranks in ``send`` and get one of known length from each in ``receive``.
 
         Result: ``{source: payload}``. Payloads may be written into ``boxes``, tensors of those lengths by source, which
-        then hold them until the caller lends them again.
+        then hold them until the caller lends them again. Where peers may be lost (:attr:`links`), the ranks sent to and
+        heard from must be the same, and the result leaves out those whose link failed.
         """
 
     @abstractmethod
