@@ -195,8 +195,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     for name in ("elements", "steps", "rounds"):
         if getattr(given, name) < 1:
             p.error(f"--{name} {getattr(given, name)}: must be at least 1")
-    if min(given.ranks) < 3:
-        p.error(f"--ranks {' '.join(map(str, given.ranks))}: must be at least 3 each, where a ring is not yet complete")
+    if min(given.ranks) < 4:
+        p.error(f"--ranks {' '.join(map(str, given.ranks))}: must be at least 4 each; a smaller ring is complete")
     link, found = Link(given.mbit, given.ms), []
     for n in given.ranks:
         found += rows(n, given.elements, given.steps, given.rounds, link)

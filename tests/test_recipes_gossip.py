@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
+import jsonargparse
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 
+from benchmarks import gossip_scaling
+from lightning_dopt import Ring, cli, plans
 from recipes import merging
+from recipes.processes import on_ranks
+from recipes.vision import comparison, heterogeneity
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------------- a single merging
 
@@ -57,3 +67,134 @@ def test_merging_refuses_in_one_line(option: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         merging.parse([option])
     assert option.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------- unlike data
+
+SMALL = (1 * 16 * 9 + 16) + (16 * 32 * 9 + 32) + (32 * 4 * 4 * 10 + 10)  # parameters of SmallNet for digits
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, comparison.Outcome], Path]:
+    out = tmp_path_factory.mktemp("heterogeneity")
+    chosen = "centralized,dsgd,relay_sgd,tracking_int8"
+    found = heterogeneity.main(["--workers=4", "--steps=6", f"--methods={chosen}", "--seed=1", f"--out={out}"])
+    return {o.name: o for o in found}, out
+
+
+@pytest.mark.trainer
+def test_methods_share_processes(outcomes: tuple[dict[str, comparison.Outcome], Path]) -> None:
+    found, out = outcomes
+    assert list(found) == ["centralized", "dsgd", "relay_sgd", "tracking_int8"]
+    assert all(o.steps == list(range(1, 7)) for o in found.values())
+    assert [row["name"] for row in json.loads((out / "results.json").read_text())] == list(found)
+    assert (out / "accuracy.png").stat().st_size > 10_000
+
+
+@pytest.mark.trainer
+def test_both_models_are_measured(outcomes: tuple[dict[str, comparison.Outcome], Path]) -> None:
+    found, _ = outcomes
+    assert found["centralized"].local == pytest.approx(found["centralized"].merged, abs=1e-6)
+    assert found["centralized"].distance[-1] < 1e-5
+    assert found["dsgd"].distance[-1] > 0.01
+    assert found["dsgd"].local[-1] != pytest.approx(found["dsgd"].merged[-1], abs=1e-3)
+    assert found["centralized"].loss[-1] < found["centralized"].loss[0] - 0.05
+
+
+@pytest.mark.trainer
+def test_bytes_are_those_of_the_busiest_worker(outcomes: tuple[dict[str, comparison.Outcome], Path]) -> None:
+    found, _ = outcomes
+    assert found["centralized"].bytes == [k * 2 * 3 * SMALL * 4 // 4 for k in range(1, 7)]
+    assert found["dsgd"].bytes == [k * 2 * SMALL * 4 for k in range(1, 7)]  # two neighbours
+    assert found["relay_sgd"].bytes[-1] >= 6 * 2 * SMALL * 4  # two neighbours, in the middle of the tree
+    assert 4 * SMALL < found["tracking_int8"].bytes[0] < 4.5 * SMALL  # two messages to each, one byte per weight
+
+
+def test_small_net_fits_all_pictures() -> None:
+    for channels, size in ((1, 8), (1, 28), (3, 32), (1, 15), (1, 17)):
+        module = comparison.SmallNet(channels, size, lr=0.1)
+        assert module.net(torch.zeros(2, channels, size, size)).shape == (2, 10)
+
+
+def test_the_last_measurement_is_at_the_end() -> None:
+    for steps in (1, 7, 12, 13, 600, 1000):
+        interval = comparison._interval(steps)
+        assert steps % interval == 0
+        assert steps // interval <= comparison.POINTS
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--steps=0", "--workers=1", "--alpha=0", "--methods=dsgd,sgd", "--methods=,", "--data=/nowhere", "--batch-size=0"],
+)
+def test_heterogeneity_refuses_in_one_line(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        heterogeneity.parse([option])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert option.split("=")[0].strip("-").replace("-", "_") in said.replace("-", "_")
+
+
+def _fails(rank: int) -> int:
+    if rank == 1:
+        raise RuntimeError("rank 1 gives up")
+    return rank
+
+
+def test_a_failed_process_ends_all(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        on_ranks(_fails, 3)
+    assert "rank 1 gives up" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------- scaling
+
+
+@pytest.fixture(scope="module")
+def scaling(tmp_path_factory: pytest.TempPathFactory) -> list[gossip_scaling.Row]:
+    return gossip_scaling.main(["--ranks", "4", "5", "--elements", "1000", "--steps", "2", "--rounds", "1"])
+
+
+def test_messages_are_counted(scaling: list[gossip_scaling.Row]) -> None:
+    counted = {(r.arm, r.n): (r.messages, r.bytes) for r in scaling}
+    for n in (4, 5):
+        assert counted["one-peer exponential", n] == (1.0, 4000.0)
+        assert counted["ring", n] == (2.0, 8000.0)
+        assert counted["complete (all-reduce)", n] == (2 * (n - 1), -(-2 * (n - 1) * 4000 // n))
+
+
+def test_what_grows_is_refused(scaling: list[gossip_scaling.Row]) -> None:
+    gossip_scaling.check(scaling)
+    grown = [r for r in scaling if r.arm == "complete (all-reduce)"]
+    with pytest.raises(SystemExit, match="one-peer gossip is not one message"):
+        gossip_scaling.check([gossip_scaling.Row("one-peer exponential", *list(vars(r).values())[1:]) for r in grown])
+
+
+def test_link_times(scaling: list[gossip_scaling.Row]) -> None:
+    times = {(r.arm, r.n): r.link_ms for r in scaling}
+    for n in (4, 5):
+        assert times["one-peer exponential", n] == pytest.approx(1.0 + 4000 * 8 / 100e3)
+        assert times["complete (all-reduce)", n] == pytest.approx(2 * (n - 1) * (1.0 + 4000 / n * 8 / 100e3))
+
+
+# ---------------------------------------------------------------------- a plan by the name of its function
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", jsonargparse.__version__)[:2])
+
+
+@pytest.mark.trainer
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(_version() < (4, 41), reason="older jsonargparse takes classes only")
+def test_yaml_names_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["dopt"])
+    command = cli.DoptCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        run=False,
+        args=["-c", "recipes/llm/gossip_quasi_global.yaml", "--trainer.logger=false"],
+    )
+    assert command.trainer.strategy.plan == plans.qg_dsgdm(Ring(), mu=0.9)
