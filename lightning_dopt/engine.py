@@ -14,6 +14,7 @@ from lightning_dopt.comm.world import Talk, World
 from lightning_dopt.distance import sketched_distance
 from lightning_dopt.exchange import Channel
 from lightning_dopt.local.base import Context
+from lightning_dopt.lost_peers import check_links
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import GradientRunner, LaneRunner, SyncRunner
 from lightning_dopt.schedules import Drifted
@@ -69,6 +70,8 @@ class Engine:
         sync_buffers: bool = True,
     ) -> None:
         plan.check(world.size)
+        if world.links is not None:
+            check_links(plan, world.size, world.links)
         self.plan, self.world = plan, world
         self.parameters = dict(parameters)
         self.step = 0
@@ -340,7 +343,8 @@ class Engine:
         """The mean replica and how far the replicas are from it.
 
         The mean is the one that the plan's mixing preserves: ``sum_i lambda_i x_i`` with ``lambda`` of
-        :meth:`Plan.means`, the plain mean unless the topology is weighted.
+        :meth:`Plan.means`, the plain mean unless the topology is weighted. If ranks were lost it is over those that are
+        left, their weights scaled to sum to one.
 
         Returns ``(distance, means)``: ``distance`` is ``sqrt(sum_i lambda_i ||x_i - mean||^2)`` over all parameters,
         ``means`` the mean of each lane of :attr:`flat`, then of the buffers' message. Costs one all-reduce of the model
@@ -367,7 +371,8 @@ class Engine:
         if share != 1.0 / size:  # the plain mean is scaled once, after the sum
             value.mul_(share * size)
         total: Tensor = yield self.world.all_reduce(value, label, overhead=True)
-        return total.mul_(1.0 / size)
+        present = self.world.present
+        return total.mul_(1.0 / size if len(present) == size else 1.0 / (size * sum(self.means[j] for j in present)))
 
     def land(self) -> Talk[None]:
         """Wait for everything in flight without applying it, so that the state can be saved."""

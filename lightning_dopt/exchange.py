@@ -87,7 +87,10 @@ class Channel:
         self.sync, self.lane, self.world, self.seed, self.label = sync, lane, world, seed, label
         self.compressor, self.memory = as_compressor(sync.codec)
         start = lane.live.detach().to(lane.message_dtype)
-        self.by_edge = isinstance(self.memory, Difference) and sync.peers.period(world.size) != 1
+        self.linked = world.links is not None and not (sync.when.at_end and sync.peers.is_mean(world.size))
+        """Whether links to neighbours may be lost or rest, so that messages go from neighbour to neighbour only."""
+        changing = self.linked or sync.peers.period(world.size) != 1
+        self.by_edge = isinstance(self.memory, Difference) and changing
         self.memory_state = self.memory.state(start) if self.memory is not None and not self.by_edge else {}
         self.codec_state: dict[str, Tensor] = {}
         self.combine_state = sync.combine.state(start, sync.peers, world.size, world.rank)
@@ -99,7 +102,8 @@ class Channel:
     @property
     def sums(self) -> bool:
         """Whether messages are summed on the way (all-reduce) instead of being exchanged one by one."""
-        return self.sync.peers.is_mean(self.world.size) and self.compressor.linear and self.sync.combine.linear
+        mean = self.sync.peers.is_mean(self.world.size) and not self.linked
+        return mean and self.compressor.linear and self.sync.combine.linear
 
     def launch(self, message: Tensor, step: int, round_: int, need_own: bool = False) -> Flight:
         """Send ``message`` (this channel may overwrite it); ``round_`` counts the sends of the sync from 0."""
@@ -157,7 +161,7 @@ class Channel:
         if self.world.size == 1:
             return message
         total = yield self.world.all_reduce(message, self.label)
-        return total.mul_(1.0 / self.world.size)
+        return total.mul_(1.0 / len(self.world.present))
 
     def _summed(self, value: Tensor, seed: int) -> Talk[tuple[Tensor, Tensor]]:
         rounds = self.rounds(value, seed)
@@ -185,15 +189,18 @@ class Channel:
         world, peers = self.world, self.sync.peers
         if world.size == 1:
             got: dict[int, Tensor] = {0: payload}
-        elif peers.is_mean(world.size):
+        elif peers.is_mean(world.size) and not self.linked:
             rows = yield world.all_gather(payload, self.label)
             got = dict(enumerate(rows))
         else:
-            send = dict.fromkeys(peers.receivers(world.size, world.rank, round_), payload)
-            receive = dict.fromkeys(peers.neighbors(world.size, world.rank, round_), payload.numel())
+            send = dict.fromkeys(self._open(peers.receivers(world.size, world.rank, round_)), payload)
+            receive = dict.fromkeys(self._open(peers.neighbors(world.size, world.rank, round_)), payload.numel())
             got = dict((yield self.swap(send, receive)))
             got[world.rank] = payload
         weights = peers.row(world.size, world.rank, round_)
+        if self.linked:
+            self.world.ledger.skip(self.label, len(weights.keys() - {world.rank}) - len(receive))
+            weights = _absorbed(weights, got, world.rank)
         if isinstance(self.compressor, Identity) and self.memory is None and self.sync.combine.linear:
             return _weighted(got, weights, out)
         messages = [
@@ -201,6 +208,11 @@ class Channel:
         ]
         self.sync.combine(messages, out.zero_())
         return out
+
+    def _open(self, ranks: list[int]) -> list[int]:
+        """Those of the ranks whose links are neither lost nor resting; both ends of a link give the same answer."""
+        links = self.world.links
+        return ranks if links is None else links.open(ranks, self.world.step)
 
     def swap(self, send: Mapping[int, Tensor], receive: Mapping[int, int]) -> Pending:
         """Exchange bytes with neighbours, into buffers that the next exchange uses again."""
@@ -215,11 +227,13 @@ class Channel:
         """:class:`Difference` over a changing graph: a public copy for every neighbour, brought up to date when they meet.
 
         ``x + gamma (sum_j W[i, j] xh_{j -> i} - sum_k W[k, i] xh_{i -> k})`` keeps the mean for every doubly stochastic ``W``.
+        Where links may fail or rest ``W[i, k]`` stands for ``W[k, i]``, which keeps it for every reversible ``W``, and the
+        sums are over the messages that came.
         """
         world, peers, memory = self.world, self.sync.peers, self.memory
         assert isinstance(memory, Difference)
         n, rank = world.size, world.rank
-        to, heard = peers.receivers(n, rank, round_), peers.neighbors(n, rank, round_)
+        to, heard = self._open(peers.receivers(n, rank, round_)), self._open(peers.neighbors(n, rank, round_))
         send = {}
         for k in to:
             mine = self._copy_of("to", k, message)
@@ -229,12 +243,16 @@ class Channel:
         length = message_bytes(self.compressor, self.lane)
         got = yield self.swap(send, dict.fromkeys(heard, length))
         weights, gamma = peers.row(n, rank, round_), memory.gamma
+        if self.linked:
+            world.ledger.skip(self.label, len(weights.keys() - {rank}) - len(heard))
+            to = heard = sorted(got)
         for j in heard:
             theirs = self._copy_of("from", j, message)
             self._unpack_add(got[j], seed, theirs, self.scale)
             message.add_(theirs, alpha=gamma * weights[j])
         for k in to:
-            message.sub_(self._copy_of("to", k, message), alpha=gamma * peers.row(n, k, round_)[rank])
+            weight = weights[k] if self.linked else peers.row(n, k, round_)[rank]
+            message.sub_(self._copy_of("to", k, message), alpha=gamma * weight)
         return message
 
     def _copy_of(self, way: str, rank: int, like: Tensor) -> Tensor:
@@ -306,6 +324,13 @@ class _RoundWire:
             return {}
         got: Mapping[int, Tensor] = yield self._channel.swap(send, receive)
         return dict(got)
+
+
+def _absorbed(weights: Mapping[int, float], got: Mapping[int, Tensor], rank: int) -> dict[int, float]:
+    """The weights of a row once those of the messages that did not come are given to the own one."""
+    left = {j: weight for j, weight in weights.items() if j in got}
+    missing = sum(weight for j, weight in weights.items() if j not in got)
+    return {**left, rank: left.get(rank, 0.0) + missing} if missing else left
 
 
 def _weighted(got: Mapping[int, Tensor], weights: Mapping[int, float], out: Tensor) -> Tensor:

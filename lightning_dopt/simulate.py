@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_dopt._checks import check_int
 from lightning_dopt.comm.link import Link
+from lightning_dopt.comm.links import REST, OnLostPeer
 from lightning_dopt.comm.simulated import SimulatedWorld, lockstep
 from lightning_dopt.comm.world import Talk
 from lightning_dopt.engine import Engine
@@ -31,6 +32,9 @@ class Simulation:
         optimizer: Makes the inner optimizer of a list of parameters, such as ``lambda ps: torch.optim.SGD(ps, lr=0.1)``.
         link: Speed of each worker's link, for virtual time; ``None`` measures no time.
         step_seconds: Virtual seconds that one inner step takes, one number or one per rank.
+        on_lost_peer: What happens after :meth:`kill`: ``"continue"`` goes on without the rank, ``"end"`` raises.
+        patience: Virtual seconds to wait for a neighbour before its link is to rest; see :class:`ProcessGroupWorld`.
+        rest: Optimizer steps with a meeting of the pair that a link rests.
 
     Raises:
         ValueError: ``n < 1``, a plan that does not suit ``n``, or the wrong number of step times.
@@ -45,13 +49,18 @@ class Simulation:
         optimizer: Callable[[list[Tensor]], Optimizer],
         link: Link | None = None,
         step_seconds: float | Sequence[float] = 0.0,
+        on_lost_peer: OnLostPeer = "end",
+        patience: float | None = None,
+        rest: int = REST,
     ) -> None:
         check_int("Simulation", "n", n, 1)
         self.seconds = [step_seconds] * n if isinstance(step_seconds, (int, float)) else list(step_seconds)
         if len(self.seconds) != n:
             raise ValueError(f"Simulation(step_seconds={step_seconds!r}): must be one number or {n} numbers")
         self.backward = backward
-        self.worlds = SimulatedWorld.create(n, link)
+        self.worlds = SimulatedWorld.create(n, link, on_lost_peer, patience, rest)
+        self.alive = list(range(n))
+        """The ranks that have not been killed."""
         self.replicas: list[Replica] = [
             {k: t.detach().clone().requires_grad_() for k, t in init(i).items()} for i in range(n)
         ]
@@ -65,7 +74,8 @@ class Simulation:
         """Train for ``steps`` optimizer steps."""
         for _ in range(steps):
             self._all(Engine.before_step)
-            for rank, (replica, opt) in enumerate(zip(self.replicas, self.optimizers, strict=True)):
+            for rank in self.alive:
+                replica, opt = self.replicas[rank], self.optimizers[rank]
                 opt.zero_grad()
                 step = self.engines[rank].step + 1
                 self.backward(rank, replica, step)
@@ -78,8 +88,8 @@ class Simulation:
                 if clock is not None:
                     clock.compute(self.seconds[rank])
             self._all(Engine.on_gradients)
-            for opt in self.optimizers:
-                opt.step()
+            for rank in self.alive:
+                self.optimizers[rank].step()
             self._all(Engine.after_step)
         return self
 
@@ -88,9 +98,15 @@ class Simulation:
         self._all(Engine.finish)
         return self
 
+    def kill(self, rank: int) -> Simulation:
+        """``rank`` takes part in nothing from now on; its parameters stay as they are."""
+        self.worlds[rank].die()
+        self.alive.remove(rank)
+        return self
+
     def _all(self, part: Callable[[Engine], Talk[None]]) -> None:
         with torch.no_grad():
-            lockstep([part(engine) for engine in self.engines])
+            lockstep([part(self.engines[rank]) for rank in self.alive])
 
     def stacked(self, name: str = "x") -> Tensor:
         """One parameter of all ranks, shape (n, ...)."""
@@ -99,7 +115,7 @@ class Simulation:
     def distance(self) -> float:
         """Consensus distance ``sqrt(mean_i ||x_i - mean||^2)``."""
         with torch.no_grad():
-            return float(lockstep([engine.consensus() for engine in self.engines])[0][0])
+            return float(lockstep([self.engines[rank].consensus() for rank in self.alive])[0][0])
 
     @property
     def bytes(self) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dopt.comm.ledger import all_gather_bytes, all_reduce_bytes
 from lightning_dopt.comm.link import Link, LinkClock
+from lightning_dopt.comm.links import REST, Links, OnLostPeer, make_links
 from lightning_dopt.comm.world import Pending, SyncError, Talk, World
 
 T = TypeVar("T")
@@ -44,20 +45,22 @@ class _Visit(Pending):
 
     def wait(self) -> Any:
         """See :meth:`Pending.wait`."""
-        missing = sorted(set(range(self.world.size)) - set(self.meeting.brought))
-        if missing:
+        world, meeting = self.world, self.meeting
+        missing = sorted(set(range(world.size)) - set(meeting.brought))
+        gone = world.hub.dead if world.links is not None and world.links.goes_on else set()
+        if set(missing) - gone:
             raise SyncError(
-                f"rank {self.world.rank}, step {self.world.step}, sync '{self.label}': "
-                f"rank(s) {', '.join(map(str, missing))} never took part in this {self.meeting.kind}"
+                f"rank {world.rank}, step {world.step}, sync '{self.label}': "
+                f"rank(s) {', '.join(map(str, missing))} never took part in this {meeting.kind}"
             )
-        if self.world.clock is not None:
-            posted = self.meeting.posted
-            ready = max(posted[j] for j in self.sources or posted)  # an exchange waits for those it hears only
-            self.world.clock.wait(ready + self.seconds)
-        result = self.finish(self.meeting)
-        self.meeting.taken += 1
-        if self.meeting.taken == self.world.size:
-            del self.world.hub.meetings[self.index]
+        result = self.finish(meeting)
+        if world.clock is not None:
+            posted = meeting.posted  # an exchange waits for those it hears only
+            ready = max(posted[j] for j in self.sources or posted if j in posted)
+            world.clock.wait(ready + self.seconds)
+        meeting.taken += 1
+        if meeting.taken == len(meeting.brought):
+            del world.hub.meetings[self.index]
         return result
 
 
@@ -67,16 +70,44 @@ class SimulatedWorld(World):
     Sums are formed in ascending rank order, so results are the same in every run.
     """
 
-    def __init__(self, hub: _Hub, rank: int, size: int, clock: LinkClock | None) -> None:
-        super().__init__(rank, size, clock)
+    def __init__(self, hub: _Hub, rank: int, size: int, clock: LinkClock | None, links: Links | None = None) -> None:
+        super().__init__(rank, size, clock, links)
         self.hub = hub
         self._count = 0
 
     @classmethod
-    def create(cls, size: int, link: Link | None = None) -> list[SimulatedWorld]:
-        """``size`` workers that can talk to each other, over links of the given speed if one is given."""
+    def create(
+        cls,
+        size: int,
+        link: Link | None = None,
+        on_lost_peer: OnLostPeer = "end",
+        patience: float | None = None,
+        rest: int = REST,
+    ) -> list[SimulatedWorld]:
+        """``size`` workers that can talk to each other, over links of the given speed if one is given.
+
+        The other arguments are those of :class:`ProcessGroupWorld`, with ``patience`` in virtual seconds.
+
+        Raises:
+            ValueError: an argument out of range, or ``patience`` without ``link``.
+        """
+        if patience is not None and link is None:
+            raise ValueError(f"{cls.__name__}(patience={patience!r}): virtual time passes only with link=Link(...)")
         hub = _Hub()
-        return [cls(hub, rank, size, LinkClock(link) if link is not None else None) for rank in range(size)]
+        return [
+            cls(
+                hub,
+                rank,
+                size,
+                LinkClock(link) if link is not None else None,
+                make_links(rank, size, on_lost_peer, patience, rest, cls.__name__),
+            )
+            for rank in range(size)
+        ]
+
+    def die(self) -> None:
+        """This worker takes part in nothing from now on, and nobody waits for it if the world goes on without lost peers."""
+        self.hub.dead.add(self.rank)
 
     def _meet(
         self,
@@ -101,8 +132,9 @@ class SimulatedWorld(World):
 
     def _reduce(self, tensor: Tensor, label: str, kind: str, combine: Callable[[list[Tensor]], Tensor]) -> Pending:
         def finish(meeting: _Meeting) -> Tensor:
+            self.present = sorted(meeting.brought)
             if meeting.outcome is None:
-                meeting.outcome = combine([meeting.brought[j].clone() for j in range(self.size)])
+                meeting.outcome = combine([meeting.brought[j].clone() for j in self.present])
             return tensor.copy_(meeting.outcome)
 
         seconds = self.clock.link.all_reduce(tensor.nbytes, self.size) if self.clock is not None else 0.0
@@ -125,8 +157,9 @@ class SimulatedWorld(World):
         seconds = self.clock.link.all_gather(payload.nbytes, self.size) if self.clock is not None else 0.0
 
         def finish(meeting: _Meeting) -> Tensor:
+            self.present = sorted(meeting.brought)
             if meeting.outcome is None:
-                meeting.outcome = torch.stack([meeting.brought[j] for j in range(self.size)])
+                meeting.outcome = torch.stack([meeting.brought[j] for j in self.present])
             return meeting.outcome
 
         return self._meet("all_gather", label, payload, finish, seconds)
@@ -142,12 +175,21 @@ class SimulatedWorld(World):
         nbytes = sum(t.nbytes for t in send.values())
         self.ledger.sent(label, nbytes)
         seconds = self.clock.link.exchange(max(nbytes, sum(receive.values()))) if self.clock is not None else 0.0
+        links, step = self.links, self.step
+        flags = {j: links.flag(j, step) for j in send} if links is not None else {}
 
         def finish(meeting: _Meeting) -> dict[int, Tensor]:
             if meeting.outcome is None:  # copies: a worker may reuse its buffers once it has its own result
-                meeting.outcome = {j: {k: t.clone() for k, t in sent.items()} for j, sent in meeting.brought.items()}
+                meeting.outcome = {
+                    j: {k: t.clone() for k, t in sent.items()} for j, (sent, _) in meeting.brought.items()
+                }
             got = {}
             for j, length in sorted(receive.items()):
+                if j not in meeting.brought:
+                    assert links is not None
+                    links.lose(j, step, "it never came")
+                    self.ledger.skip(label, 1)
+                    continue
                 box = meeting.outcome[j].get(self.rank)
                 if box is None or box.numel() != length:
                     what = "nothing" if box is None else f"{box.numel()} bytes"
@@ -155,9 +197,12 @@ class SimulatedWorld(World):
                         f"rank {self.rank}, sync '{label}': expected {length} bytes of rank {j}, got {what}"
                     )
                 got[j] = box
+                if links is not None and self.clock is not None and j in flags:
+                    waited = meeting.posted[j] + seconds - self.clock.now
+                    links.met(j, self.step, flags[j], meeting.brought[j][1].get(self.rank, 0), waited)
             return got
 
-        return self._meet("exchange", label, dict(send), finish, seconds, receive)
+        return self._meet("exchange", label, (dict(send), flags), finish, seconds, receive)
 
     def run(self, talk: Talk[T]) -> T:
         """A lone worker can only run code that never has to wait for another.
@@ -171,6 +216,7 @@ class SimulatedWorld(World):
 class _Hub:
     def __init__(self) -> None:
         self.meetings: dict[int, _Meeting] = {}
+        self.dead: set[int] = set()
 
 
 def lockstep(talks: Sequence[Talk[T]]) -> list[T]:
