@@ -56,6 +56,7 @@ from lightning_dopt.what import Buffers, Gradients, OptimizerState, Parameters, 
 __version__ = "0.1.0.dev0"
 
 from lightning_dopt.strategies import (
+    AsyncGossipStrategy,
     CompressedDDPStrategy,
     DiLoCoStrategy,
     GossipStrategy,
@@ -70,6 +71,7 @@ register()
 __all__ = [  # noqa: RUF022
     "After",
     "AtEnd",
+    "AsyncGossipStrategy",
     "Bernoulli",
     "BF16",
     "Blocking",

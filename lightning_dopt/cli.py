@@ -212,12 +212,12 @@ def _parsed(name: str, parser: _OneLine, arguments: Sequence[str]) -> tuple[Plan
     """The plan, all options, and the shapes and buffers of the model."""
     function = show.method(name)
     given = parser.parse_args(_prefixed(function, "plan", arguments))
-    if given.model is not None and given.parameters is not None:
+    if getattr(given, "model", None) is not None and given.parameters is not None:
         raise BadInputError("give either --parameters or --model")
-    with torch.device("meta" if given.model is not None else "cpu"):  # a model's shapes are enough
+    with torch.device("meta" if getattr(given, "model", None) is not None else "cpu"):  # a model's shapes are enough
         made = parser.make(given)
     shapes, buffers = square_layers(given.parameters or 10_000_000), 0
-    if given.model is not None:
+    if getattr(given, "model", None) is not None:
         shapes, buffers = show.shapes_of(made.model)
     chosen = made.get("plan")  # a method may have no options
     return function(**(vars(chosen) if chosen else {})), made, shapes, buffers

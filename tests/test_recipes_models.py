@@ -151,9 +151,10 @@ def test_the_built_in_classifier_learns_digits():
 def test_any_timm_model_with_its_arguments():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    model = TimmClassifier("resnet18", 7, 3, model_args={"channels": [8, 8, 8, 8]}, optimizer="sgd", lr=0.1)
+    model = TimmClassifier("resnet18", 7, 3, model_args={"drop_rate": 0.3}, optimizer="sgd", lr=0.1)
     assert tuple(model(torch.randn(2, 3, 32, 32)).shape) == (2, 7)
     assert type(model.model) is type(timm.create_model("resnet18"))
+    assert model.model.drop_rate == 0.3
     optimizer = model.configure_optimizers()
     assert isinstance(optimizer, torch.optim.SGD)
     assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9]
