@@ -1,0 +1,142 @@
+"""Gossip that goes on without a dead neighbour, and lets the link to a slow one rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from problems import p1, sgd
+from torch import Tensor
+
+from lightning_dopt import (
+    AtEnd,
+    DeepSqueeze,
+    Difference,
+    Int8,
+    MoniQua,
+    NodeWeighted,
+    Plan,
+    RandomPairs,
+    Ring,
+    Simulation,
+    Sync,
+    SyncError,
+    TopK,
+    plans,
+)
+from lightning_dopt.topology import Hypercube, OnePeerHypercube
+from lightning_dopt.topology.base import Topology
+
+pytestmark = pytest.mark.filterwarnings("ignore:rank .* lost rank")
+
+
+def still(plan: Plan, n: int, **options: Any) -> Simulation:
+    """Six random numbers per rank that only mixing changes."""
+    g = torch.Generator().manual_seed(3)
+    start = torch.randn(n, 6, generator=g, dtype=torch.float64)
+
+    def backward(rank: int, parameters: dict[str, Tensor], step: int) -> None:
+        parameters["x"].grad = torch.zeros(6, dtype=torch.float64)
+
+    return Simulation(plan, n, lambda r: {"x": start[r].clone()}, backward, lambda p: torch.optim.SGD(p, 0.1), **options)
+
+
+def mean(simulation: Simulation, weights: list[float] | None = None) -> Tensor:
+    """Of those that are left."""
+    x = simulation.stacked()
+    w = torch.zeros(len(x), dtype=torch.float64)
+    for rank in simulation.alive:
+        w[rank] = 1.0 if weights is None else weights[rank]
+    return (w / w.sum()) @ x
+
+
+# ---------------------------------------------------------------------- a neighbour that is lost: many workers in one process
+
+CODECS = [None, Difference(TopK(0.5), 0.4), DeepSqueeze(Int8(), 0.5), MoniQua(12, 10.0)]
+GRAPHS: list[Topology] = [Ring(), RandomPairs(), OnePeerHypercube(), Hypercube()]
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("peers", GRAPHS, ids=str)
+def test_the_mean_of_the_survivors_is_kept(peers: Topology, codec: Any) -> None:
+    simulation = still(Plan([Sync(codec=codec, peers=peers)]), 8, on_lost_peer="continue").run(1)
+    simulation.kill(2).kill(3)
+    before = mean(simulation)
+    apart = simulation.distance()
+    simulation.run(60)
+    torch.testing.assert_close(mean(simulation), before, rtol=0, atol=1e-12)
+    assert simulation.distance() < 0.1 * apart
+
+
+@pytest.mark.parametrize("codec", CODECS[:3], ids=str)
+def test_the_weighted_mean_of_the_survivors_is_kept(codec: Any) -> None:
+    shares = [0.4, 0.1, 0.2, 0.1, 0.1, 0.1]
+    plan = Plan([Sync(codec=codec, peers=NodeWeighted(Ring(), shares))])
+    simulation = still(plan, 6, on_lost_peer="continue").run(2).kill(3)
+    before = mean(simulation, shares)
+    simulation.run(120)
+    torch.testing.assert_close(mean(simulation, shares), before, rtol=0, atol=1e-12)
+    if codec is None:
+        for rank in simulation.alive:
+            torch.testing.assert_close(simulation.stacked()[rank], before, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_nothing_changes_while_nobody_is_lost(codec: Any) -> None:
+    """``Difference`` keeps a copy per neighbour then, with the same results up to rounding."""
+    plan = Plan([Sync(codec=codec, peers=Ring())])
+    usual, going_on = still(plan, 5).run(30), still(plan, 5, on_lost_peer="continue").run(30)
+    torch.testing.assert_close(usual.stacked(), going_on.stacked(), rtol=0, atol=1e-13)
+    assert usual.bytes == going_on.bytes
+
+
+def test_survivors_of_a_complete_ring_do_not_count_the_dead() -> None:
+    """A ring of three is the complete graph, whose mean would otherwise be one sum over all."""
+    simulation = still(Plan([Sync(peers=Ring())]), 3, on_lost_peer="continue").kill(0)
+    before = mean(simulation)
+    simulation.run(40)
+    torch.testing.assert_close(simulation.stacked()[1], before, rtol=0, atol=1e-12)
+
+
+def test_survivors_reach_their_own_optimum() -> None:
+    """Four scalars with curvature and minimum 1 to 4; without the last the optimum is 14/6 instead of 3."""
+    problem = p1()
+    start = torch.zeros(1, dtype=torch.float64)
+    simulation = Simulation(
+        plans.gossip(Ring()), 4, lambda r: {"x": start.clone()}, problem.backward, sgd(0.1), on_lost_peer="continue"
+    )
+    simulation.run(30).kill(3)
+    for lr in (0.05, 0.01, 0.002):
+        for one in simulation.optimizers:
+            one.param_groups[0]["lr"] = lr
+        simulation.run(round(4 / lr))
+    for rank in range(3):
+        assert float(simulation.stacked()[rank]) == pytest.approx(14 / 6, abs=0.01)
+
+
+def test_what_is_counted_and_said() -> None:
+    simulation = still(Plan([Sync(peers=Ring())]), 5, on_lost_peer="continue").run(2).kill(3)
+    with pytest.warns(UserWarning) as seen:
+        simulation.run(4)
+    lines = sorted(str(w.message) for w in seen)
+    assert lines == [f"rank {r}, step 3: lost rank 3, goes on without it (it never came)" for r in (2, 4)]
+    assert [w.ledger.skipped for w in simulation.worlds] == [0, 0, 4, 0, 4]
+    assert [w.lost for w in simulation.worlds] == [[], [], [3], [], [3]]
+    simulation.distance()  # a sum over all tells everybody
+    assert [simulation.worlds[r].lost for r in simulation.alive] == [[3]] * 4
+
+
+def test_a_last_merge_is_over_the_survivors() -> None:
+    plan = Plan([Sync(peers=Ring()), Sync(when=AtEnd())])
+    simulation = still(plan, 5, on_lost_peer="continue").run(2).kill(1).run(2)
+    expected = mean(simulation)
+    simulation.finish()
+    for rank in simulation.alive:
+        torch.testing.assert_close(simulation.stacked()[rank], expected, rtol=0, atol=1e-12)
+
+
+def test_by_default_a_lost_peer_ends_the_run() -> None:
+    simulation = still(Plan([Sync(peers=Ring())]), 4).run(2).kill(1)
+    with pytest.raises(SyncError, match=r"step 3, sync 'parameters': rank\(s\) 1 never took part"):
+        simulation.run(1)
