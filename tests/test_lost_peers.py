@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from broken import Processes, die, say
 from problems import p1, sgd
 from torch import Tensor
 
@@ -13,10 +20,12 @@ from lightning_dopt import (
     AtEnd,
     DeepSqueeze,
     Difference,
+    Engine,
     Int8,
     MoniQua,
     NodeWeighted,
     Plan,
+    ProcessGroupWorld,
     RandomPairs,
     Ring,
     Simulation,
@@ -39,7 +48,9 @@ def still(plan: Plan, n: int, **options: Any) -> Simulation:
     def backward(rank: int, parameters: dict[str, Tensor], step: int) -> None:
         parameters["x"].grad = torch.zeros(6, dtype=torch.float64)
 
-    return Simulation(plan, n, lambda r: {"x": start[r].clone()}, backward, lambda p: torch.optim.SGD(p, 0.1), **options)
+    return Simulation(
+        plan, n, lambda r: {"x": start[r].clone()}, backward, lambda p: torch.optim.SGD(p, 0.1), **options
+    )
 
 
 def mean(simulation: Simulation, weights: list[float] | None = None) -> Tensor:
@@ -140,3 +151,96 @@ def test_by_default_a_lost_peer_ends_the_run() -> None:
     simulation = still(Plan([Sync(peers=Ring())]), 4).run(2).kill(1)
     with pytest.raises(SyncError, match=r"step 3, sync 'parameters': rank\(s\) 1 never took part"):
         simulation.run(1)
+
+
+# ---------------------------------------------------------------------- a neighbour that is lost: real processes
+
+
+def train(rank: int, plan: Plan, bad: int, at: int, when: str, steps: int = 80) -> None:
+    """Scalars ``(x - rank)^2 / 2`` on gloo; rank ``bad`` is killed in step ``at``. Says what it ended with."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    world = ProcessGroupWorld(timeout=timedelta(seconds=50), on_lost_peer="continue")
+    x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    engine = Engine(plan, {"x": x}, world)
+
+    def step(lr: float) -> None:
+        if (rank, engine.step + 1, when) == (bad, at, "before"):
+            die()
+        engine.run(engine.before_step())
+        if (rank, engine.step + 1, when) == (bad, at, "between"):
+            time.sleep(0.5)
+            die()
+        with torch.no_grad():
+            x.sub_(lr * (x - rank))
+        engine.run(engine.after_step())
+
+    for _ in range(steps):
+        step(0.3)
+    distance, means = engine.run(engine.consensus())
+    mixed = []
+    for _ in range(20):
+        mixed.append(x.detach().clone())
+        step(0.0)
+    moved = engine.run(engine.consensus())[1]
+    engine.run(engine.finish())
+    say(
+        json.dumps(
+            {
+                "mean": float(means[0][0]),
+                "moved": float(moved[0][0] - means[0][0]),
+                "distance": [float(distance), float(engine.run(engine.consensus())[0])],
+                "x": float(x[0]),
+                "lost": world.lost,
+                "skipped": world.ledger.skipped,
+            }
+        )
+    )
+
+
+def survivors(plan: Plan, n: int, bad: int, at: int, when: str = "before") -> tuple[dict[int, Any], dict[int, str]]:
+    """What the ranks said that were not killed, and all of what is on their standard error."""
+    with Processes(lambda rank: train(rank, plan, bad, at, when), n) as processes:
+        ended = processes.join(40)
+    assert ended.pop(bad).code == -signal.SIGKILL
+    assert {r: e.code for r, e in ended.items()} == dict.fromkeys(ended, 0), ended
+    said = {r: next(line for line in e.text.splitlines() if line.startswith("{")) for r, e in ended.items()}
+    return {r: json.loads(said[r]) for r in sorted(said)}, {r: e.text for r, e in ended.items()}
+
+
+PLANS = {
+    "ring": plans.gossip(Ring()),
+    "random pairs": plans.gossip(RandomPairs()),
+    "hypercube": plans.gossip(OnePeerHypercube()),
+    "choco": Plan([Sync(peers=RandomPairs(), codec=Difference(TopK(0.34), 0.5))]),
+    "in flight": plans.gossip(Ring(), order="awc"),
+    "merged": Plan([Sync(peers=Ring()), Sync(when=AtEnd())]),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_one_of_four_processes_is_killed(name: str) -> None:
+    """Equal curvatures: the survivors' mean goes to the mean of their minima, 4/3, wherever they are apart."""
+    said, texts = survivors(PLANS[name], 4, bad=2, at=9, when="between" if name == "in flight" else "before")
+    for rank, ended in said.items():
+        assert ended["mean"] == pytest.approx(4 / 3, abs=1e-9)
+        assert abs(ended["moved"]) < 1e-12
+        assert ended["distance"][1] < 0.2 * ended["distance"][0]
+        assert ended["lost"] == [2]
+        assert len(re.findall(rf"rank {rank}, step \d+: lost rank 2, goes on without it \(.*\)", texts[rank])) <= 1
+        if name == "merged":
+            assert ended["x"] == pytest.approx(4 / 3, abs=1e-9)
+    if name in ("ring", "in flight"):
+        first = 9 if name == "ring" else 10  # what was in flight has arrived
+        assert {r: ended["skipped"] for r, ended in said.items()} == {0: 0, 1: 101 - first, 3: 101 - first}
+        assert all(f"rank {r}, step {first}: lost rank 2" in texts[r] for r in (1, 3))
+
+
+def test_rank_0_is_killed() -> None:
+    """Its neighbours go on; the first sum over all ends the run and says why."""
+    with Processes(lambda rank: train(rank, PLANS["ring"], 0, 9, "before"), 4) as processes:
+        ended = processes.join(40)
+    for rank in (1, 2, 3):
+        assert ended[rank].code == 1
+        assert re.search(
+            rf"SyncError: rank {rank}, step 80, sync 'consensus': no answer .* from rank 0", ended[rank].text
+        )
