@@ -19,6 +19,7 @@ from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import GradientRunner, LaneRunner, SyncRunner
 from lightning_dopt.schedules import Drifted
 from lightning_dopt.slots import FlatBuffers, FlatGradients, FlatTensors, Lane, tracker_lane
+from lightning_dopt.topology.weights import RowNormalised
 from lightning_dopt.what import OptimizerState
 
 
@@ -157,7 +158,8 @@ class Engine:
         if not self.buffers.buffers or host is None or any(s.what.slot == "buffers" for s in self.plan):
             return None
         when = host.when.when if isinstance(host.when, Drifted) else host.when  # the host decides
-        sync = Sync(when=when, what="buffers", peers=host.peers)
+        peers = host.peers if host.peers.row_stochastic(self.world.size) else RowNormalised(host.peers)
+        sync = Sync(when=when, what="buffers", peers=peers)
         return self._runner(len(self.plan.syncs), sync, "buffers", [self.buffers.lane])
 
     # ------------------------------------------------------------------ the tick

@@ -265,9 +265,15 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _properties(check: topology.MatrixCheck, symmetric: bool) -> str:
+    rows, columns = (error <= check.tolerance for error in (check.row_error, check.column_error))
+    sums = {
+        (True, True): "doubly stochastic",
+        (True, False): "row stochastic",
+        (False, True): "column stochastic (push-sum)",
+    }
     found = [
-        "row stochastic" if check.row_stochastic else "NOT row stochastic",
-        "doubly stochastic" if check.row_stochastic and check.column_stochastic else "not doubly stochastic",
+        sums.get((rows, columns), "NEITHER ROWS NOR COLUMNS sum to one"),
+        *(["negative weights"] if not check.nonnegative else []),
         "symmetric" if symmetric else "not symmetric",
     ]
     return ", ".join(found)

@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_leaves
 from lightning_dopt import Difference, Identity, Int8, Plan, Simulation, Sync, TopK, plans
 from lightning_dopt.combine import Chebyshev, Combine, Mixing, MomentumGossip, PushSum, RelaySum, Repeated
 from lightning_dopt.comm import SimulatedWorld
+from lightning_dopt.comm.simulated import lockstep
 from lightning_dopt.engine import Engine
 from lightning_dopt.topology import (
     Chain,
     Complete,
+    Directed,
     Exponential,
     Hypercube,
     Lazy,
@@ -279,3 +281,18 @@ def test_messages_of_one_peer_graphs_do_not_grow_with_the_number_of_ranks() -> N
         for n in (4, 16, 32)
     }
     assert {b for each in sent.values() for b in each} == {8 * 3 * 8}
+
+
+def test_buffers_beside_push_sum_are_averaged_not_scaled() -> None:
+    digraph = Directed([[1, 2], [2], [3], [4, 0], [0]], "push")
+    worlds = SimulatedWorld.create(5)
+    buffers = [torch.full((3,), 7.0) for _ in worlds]
+    engines = [
+        Engine(plans.sgp(digraph), {"x": torch.zeros(2, requires_grad=True)}, world, buffers={"mean": b})
+        for world, b in zip(worlds, buffers, strict=True)
+    ]
+    for _ in range(3):
+        with torch.no_grad():
+            lockstep([e.after_step() for e in engines])
+    for b in buffers:
+        torch.testing.assert_close(b, torch.full((3,), 7.0))

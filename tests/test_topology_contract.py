@@ -50,6 +50,7 @@ from lightning_dopt.topology import (
     Star,
     Switch,
     SymmetricExponential,
+    Thinned,
     Topology,
     Torus,
     Tree,
@@ -72,6 +73,9 @@ Path(GRAPH_FILE).write_text("0,1,0\n1,0,1\n0,1,0\n")
 TOPOLOGIES: list[Topology] = [
     *(by_name(name) for name in names()),
     Ring(hops=2),
+    Thinned(RandomPairs(), 0.4),
+    Thinned(Ring(), 0.5, seed=3),
+    Thinned(Complete(), 1.0),
     Ring(weights="lazy"),
     Chain(weights="max_degree"),
     Grid(weights="max_degree"),

@@ -36,6 +36,7 @@ from lightning_dopt.topology.spectrum import (
 )
 from lightning_dopt.topology.static import Chain, Complete, Hypercube, Ring, Star, SymmetricExponential, Tree
 from lightning_dopt.topology.switch import Switch
+from lightning_dopt.topology.thinned import Thinned
 from lightning_dopt.topology.weighted_space import WeightedReport, weighted_report
 from lightning_dopt.topology.weights import Lazy, UndirectedGraph, WeightRule
 
@@ -82,6 +83,7 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: contract, graphs, wrappe
     "FromMatrix",
     "FromFile",
     "Lazy",
+    "Thinned",
     "NodeWeighted",
     "NodeRule",
     "WeightedMean",

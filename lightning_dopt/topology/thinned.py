@@ -39,8 +39,8 @@ class Thinned(Topology):
             raise ValueError(f"{self!r}: needs symmetric weights, {self.topology!r} has none with {n} workers")
 
     def period(self, n: int) -> int | None:
-        """``None``; that of the inner topology if every link is always used."""
-        return self.topology.period(n) if self.p == 1.0 else None
+        """``None``; that of the inner topology if every link is always used, or there is none."""
+        return self.topology.period(n) if self.p == 1.0 or n == 1 else None
 
     def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
         """The inner row; the weights of links that rest are added to the own one."""

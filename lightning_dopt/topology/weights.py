@@ -188,3 +188,41 @@ class Lazy(Topology):
     def column_stochastic(self, n: int) -> bool:
         """Whether the columns of the inner matrices sum to one."""
         return self.topology.column_stochastic(n)
+
+
+class RowNormalised(Topology):
+    """Another topology whose rows are divided by their sums, for tensors that push-sum does not carry (statistics).
+
+    Args:
+        topology: Usually one whose columns alone sum to one.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.directed = topology.directed
+
+    def check(self, n: int) -> None:
+        """Raise ``ValueError`` if the inner topology does not exist for ``n`` workers."""
+        self.topology.check(n)
+
+    def period(self, n: int) -> int | None:
+        """The period of the inner topology."""
+        return self.topology.period(n)
+
+    def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
+        """The inner row, divided by its sum."""
+        row = self.topology.row(n, rank, step)
+        total = math.fsum(row.values())
+        return {j: weight / total for j, weight in row.items()}
+
+    def receivers(self, n: int, rank: int, step: int = 0) -> list[int]:
+        """The receivers in the inner topology."""
+        return self.topology.receivers(n, rank, step)
+
+    def max_degree(self, n: int) -> int:
+        """The largest degree of the inner topology."""
+        return self.topology.max_degree(n)
+
+    def doubly_stochastic(self, n: int) -> bool:
+        """Only where the inner topology is."""
+        return self.topology.doubly_stochastic(n)
