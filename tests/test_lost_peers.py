@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import time
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_survivors_reach_their_own_optimum() -> None:
 
 def test_what_is_counted_and_said() -> None:
     simulation = still(Plan([Sync(peers=Ring())]), 5, on_lost_peer="continue").run(2).kill(3)
-    with pytest.warns(UserWarning) as seen:
+    with pytest.warns(UserWarning, match="lost rank 3") as seen:
         simulation.run(4)
     lines = sorted(str(w.message) for w in seen)
     assert lines == [f"rank {r}, step 3: lost rank 3, goes on without it (it never came)" for r in (2, 4)]
@@ -158,6 +159,7 @@ def test_by_default_a_lost_peer_ends_the_run() -> None:
 
 def train(rank: int, plan: Plan, bad: int, at: int, when: str, steps: int = 80) -> None:
     """Scalars ``(x - rank)^2 / 2`` on gloo; rank ``bad`` is killed in step ``at``. Says what it ended with."""
+    warnings.simplefilter("always")
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     world = ProcessGroupWorld(timeout=timedelta(seconds=50), on_lost_peer="continue")
     x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
