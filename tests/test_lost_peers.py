@@ -160,6 +160,7 @@ def test_by_default_a_lost_peer_ends_the_run() -> None:
 def train(rank: int, plan: Plan, bad: int, at: int, when: str, steps: int = 80) -> None:
     """Scalars ``(x - rank)^2 / 2`` on gloo; rank ``bad`` is killed in step ``at``. Says what it ended with."""
     warnings.simplefilter("always")
+    warnings.showwarning = lambda message, *_: say(str(message))  # the forked test runner records them
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     world = ProcessGroupWorld(timeout=timedelta(seconds=50), on_lost_peer="continue")
     x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -229,6 +230,7 @@ def test_one_of_four_processes_is_killed(name: str) -> None:
         assert ended["distance"][1] < 0.2 * ended["distance"][0]
         assert ended["lost"] == [2]
         assert len(re.findall(rf"rank {rank}, step \d+: lost rank 2, goes on without it \(.*\)", texts[rank])) <= 1
+        assert "lost rank 2" in texts[0] + texts[1] + texts[3]
         if name == "merged":
             assert ended["x"] == pytest.approx(4 / 3, abs=1e-9)
     if name in ("ring", "in flight"):
