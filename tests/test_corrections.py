@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_dopt import Every, Plan, Simulation, Sync, outer
 from lightning_dopt.apply import Blocking
-from lightning_dopt.combine import PushSum, Repeated
+from lightning_dopt.combine import Damped, PushSum, Repeated
 from lightning_dopt.local import (
     SAM,
     Correction,
@@ -84,6 +84,11 @@ EXACT: dict[str, tuple[Callable[[], Plan], float | Optimizer]] = {
     "exact diffusion with AdamW": (lambda: mixed(ExactDiffusion(0.05), Lazy(Ring())), adam(0.02)),
     "EXTRA": (extra, 0.05),
     "EXTRA with momentum": (lambda: extra(kappa=0.1), sgd(0.01, 0.9)),
+    "EXTRA with AdamW": (lambda: extra(kappa=0.05), adam(0.02)),
+    "DIGing with momentum": (lambda: tracked(form="semi", order="awc"), sgd(0.005, 0.9)),
+    "DIGing with AdamW": (lambda: tracked(form="semi", order="awc"), adam(0.02)),
+    "local tracking, 3 steps, with momentum": (lambda: local_tracked(3), sgd(0.01, 0.8)),
+    "local tracking, 3 steps, with AdamW": (lambda: local_tracked(3), adam(0.01)),
     "tracking": (tracked, 0.1),
     "tracking with momentum": (tracked, sgd(0.02, 0.9)),
     "tracking with AdamW": (tracked, adam(0.02)),
@@ -422,3 +427,45 @@ def test_d2_diverges_where_it_is_refused() -> None:
     assert error(sim, p2().optimum()) > 1e2
     assert error(p2().simulate(mixed(ExactDiffusion(), Lazy(Torus())), 0.05).run(700), p2().optimum()) < 1e-4
     assert error(p2().simulate(mixed(ExactDiffusion(), Chain()), 0.05).run(900), p2().optimum()) < 1e-3
+
+
+# ---------------------------------------------------------------------- fading gains
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.0])
+def test_noise_and_a_fading_gain_leave_the_saddle(noise: float) -> None:
+    """``f_i = x^2 / 2 + s_i x + y^4 / 4 - y^2 / 2``: a saddle at the origin, minima at (0, 1) and (0, -1)."""
+    slopes = torch.tensor([1.0, -1.0, 2.0, -2.0], dtype=torch.float64)
+    random = torch.Generator().manual_seed(0)
+
+    def backward(rank: int, replica: dict[str, Tensor], step: int) -> None:
+        x, y = replica["x"].detach()
+        exact = torch.stack([x + slopes[rank], y**3 - y])
+        replica["x"].grad = exact + noise * torch.randn(2, generator=random, dtype=torch.float64)
+
+    plan = Plan([Sync(peers=Ring(), combine=Damped(1.0, 0.1, 10.0), apply=Blocking("awc"))])
+    sim = Simulation(plan, 4, lambda _: {"x": torch.zeros(2, dtype=torch.float64)}, backward, sgd(0.5))
+    for t in range(1500):
+        for opt in sim.optimizers:
+            opt.param_groups[0]["lr"] = 0.5 / (t + 10) ** 0.75
+        sim.run(1)
+    x, y = sim.stacked().mean(0).tolist()
+    assert abs(x) < 0.05
+    assert (abs(abs(y) - 1) < 0.1) if noise else y == 0.0
+
+
+def test_a_damped_gain_is_lazy_mixing_and_fades_as_told() -> None:
+    half = p2().simulate(mixed(None, Ring(), combine=Damped(0.5)), 0.05).run(15).stacked()
+    torch.testing.assert_close(
+        half, p2().simulate(mixed(None, Lazy(Ring())), 0.05).run(15).stacked(), rtol=0, atol=1e-13
+    )
+    still = p2()
+    still.A.zero_()
+    sim, x, w = (
+        still.simulate(mixed(None, Ring(), combine=Damped(0.8, 1.5, 3.0)), 0.1, still.c),
+        still.c,
+        Ring().matrix(8),
+    )
+    for t in range(5):
+        x = x + 0.8 * (3 / (t + 3)) ** 1.5 * (w @ x - x)
+        torch.testing.assert_close(sim.run(1).stacked(), x, rtol=0, atol=1e-13)
