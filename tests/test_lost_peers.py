@@ -21,20 +21,30 @@ from lightning_dopt import (
     AtEnd,
     DeepSqueeze,
     Difference,
+    Drifted,
     Engine,
     Int8,
+    Link,
+    Median,
     MoniQua,
     NodeWeighted,
+    OnePeerExponential,
     Plan,
     ProcessGroupWorld,
+    PushSum,
     RandomPairs,
+    RelaySum,
     Ring,
     Simulation,
     Sync,
     SyncError,
     TopK,
+    Tree,
     plans,
 )
+from lightning_dopt.comm.links import HELD, SLOW, Links
+from lightning_dopt.compress.memory import Averaged
+from lightning_dopt.lost_peers import check_links
 from lightning_dopt.topology import Hypercube, OnePeerHypercube
 from lightning_dopt.topology.base import Topology
 
@@ -248,3 +258,204 @@ def test_rank_0_is_killed() -> None:
         assert re.search(
             rf"SyncError: rank {rank}, step 80, sync 'consensus': no answer .* from rank 0", ended[rank].text
         )
+
+
+# ---------------------------------------------------------------------- a neighbour that is slow
+
+
+def skips(simulation: Simulation, steps: int, late: dict[int, dict[int, float]]) -> list[list[int]]:
+    """Run; ``late[step][rank]`` are seconds of that step. Returns for each rank the steps in which it left a link out."""
+    out: list[list[int]] = [[] for _ in simulation.worlds]
+    for step in range(1, steps + 1):
+        simulation.seconds = [late.get(step, {}).get(r, 0.01) for r in range(len(out))]
+        before = [w.ledger.skipped for w in simulation.worlds]
+        simulation.run(1)
+        for rank, world in enumerate(simulation.worlds):
+            out[rank] += [step] * (world.ledger.skipped - before[rank])
+    return out
+
+
+PATIENT = {"link": Link(ms=1.0), "patience": 0.1, "rest": 4}
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_links_rest_at_both_ends_in_the_same_rounds(codec: Any) -> None:
+    """Slow in step 3, told in step 4, at rest from step 5 to 8. Who waited is late himself, and is not found slow."""
+    simulation = still(Plan([Sync(peers=Ring(), codec=codec)]), 6, **PATIENT)
+    start = mean(simulation)
+    resting = [5, 6, 7, 8]
+    assert skips(simulation, 12, {3: {0: 0.5}}) == [sorted(resting * 2), resting, [], [], [], resting]
+    torch.testing.assert_close(mean(simulation), start, rtol=0, atol=1e-12)
+
+
+def test_a_link_between_two_slow_ranks_rests_once() -> None:
+    """Ranks 0 and 1 are equally late, so neither waits for the other; their links to the outside rest."""
+    simulation = still(Plan([Sync(peers=Ring())]), 6, **PATIENT)
+    assert skips(simulation, 12, {3: {0: 0.5, 1: 0.5}}) == [[5, 6, 7, 8]] * 3 + [[], [], [5, 6, 7, 8]]
+
+
+def test_a_link_goes_on_resting_while_the_rank_stays_slow() -> None:
+    """It meets to find out (step 9), tells (10) and rests again."""
+    simulation = still(Plan([Sync(peers=Ring())]), 5, **PATIENT)
+    late = {step: {2: 0.5} for step in range(3, 30)}
+    start = mean(simulation)
+    resting = [5, 6, 7, 8, 11, 12, 13, 14, 17, 18]
+    assert skips(simulation, 18, late) == [[], resting, sorted(resting * 2), resting, []]
+    torch.testing.assert_close(mean(simulation), start, rtol=0, atol=1e-12)
+
+
+def test_a_changing_graph_counts_the_meetings_of_the_pair() -> None:
+    """One partner per step, the same again after two steps: slow in step 3, told in 5, at rest in 7 and 9.
+
+    The partner of step 4 was not held up in step 3, so it finds the same rank slow.
+    """
+    simulation = still(Plan([Sync(peers=OnePeerHypercube())]), 4, **PATIENT | {"rest": 2})
+    start, told = mean(simulation), skips(simulation, 13, {3: {0: 0.5}})
+    (first,), (second,) = (OnePeerHypercube().neighbors(4, 0, t) for t in (2, 3))
+    assert told == [{0: [7, 8, 9, 10], first: [7, 9], second: [8, 10]}.get(r, []) for r in range(4)]
+    torch.testing.assert_close(mean(simulation), start, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "peers", [RandomPairs(), Hypercube(), NodeWeighted(Ring(), [0.3, 0.2] + [0.1, 0.05] * 3 + [0.05])]
+)
+def test_rests_at_random_keep_the_mean(peers: Topology) -> None:
+    """Every rank is slow now and then."""
+    n = 9 if isinstance(peers, NodeWeighted) else 8
+    simulation = still(Plan([Sync(peers=peers)]), n, **PATIENT)
+    weights = peers.stationary(n)
+    start, g = mean(simulation, weights), torch.Generator().manual_seed(0)
+    late = {s: {int(torch.randint(n, (), generator=g)): 0.5} for s in range(2, 60, 3)}
+    left_out = skips(simulation, 60, late)
+    assert sum(map(len, left_out)) > 20
+    for step in range(60):
+        assert sum(row.count(step) for row in left_out) % 2 == 0  # two ends of every link
+    torch.testing.assert_close(mean(simulation, weights), start, rtol=0, atol=1e-12)
+
+
+def test_gradient_tracking_stays_exact() -> None:
+    """Scalars with unequal curvatures; a rank that is always slow."""
+    simulation = Simulation(
+        plans.gossip(Ring(), correction="gradient_tracking"),
+        4,
+        lambda r: {"x": torch.zeros(1, dtype=torch.float64)},
+        p1().backward,
+        sgd(0.05),
+        step_seconds=[0.01, 0.01, 0.01, 0.4],
+        **PATIENT,
+    )
+    simulation.run(700)
+    assert simulation.worlds[3].ledger.skipped > 400
+    torch.testing.assert_close(simulation.stacked(), torch.full((4, 1), 3.0, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_a_step_of_several_messages_rests_as_one() -> None:
+    """Both dtypes of a model, and both exchanges of a round, count as one meeting; the second exchange tells already."""
+    plan = plans.gossip(Ring(), rounds=2)
+    simulation = Simulation(
+        plan,
+        4,
+        lambda r: {"x": torch.full((2,), float(r), dtype=torch.float64), "y": torch.full((3,), float(r))},
+        lambda r, p, t: [setattr(v, "grad", torch.zeros_like(v)) for v in p.values()] and None,
+        sgd(0.1),
+        **PATIENT,
+    )
+    assert skips(simulation, 10, {3: {0: 0.5}})[1] == [step for step in (4, 5, 6, 7) for _ in range(4)]
+
+
+def doze(rank: int) -> None:
+    """Rank 0 sleeps 0.5 s in each of steps 3 to 5."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    world = ProcessGroupWorld(timeout=timedelta(seconds=50), patience=0.25, rest=4)
+    x = torch.full((3,), float(rank), dtype=torch.float64, requires_grad=True)
+    engine = Engine(Plan([Sync(peers=Ring())]), {"x": x}, world)
+    counts = []
+    for step in range(1, 13):
+        if rank == 0 and step in (3, 4, 5):
+            time.sleep(0.5)
+        before = world.ledger.skipped
+        engine.run(engine.before_step())
+        engine.run(engine.after_step())
+        counts += [step] * (world.ledger.skipped - before)
+    say(json.dumps([counts, float(engine.run(engine.consensus())[1][0][0]), world.ledger.entries["parameters"].bytes]))
+
+
+def test_a_slow_process_is_left_alone() -> None:
+    """Told in step 4, at rest from 5 to 8; the wait at step 9 is for the nap of step 5 and tells again."""
+    with Processes(doze, 4) as processes:
+        ended = processes.join(30)
+    said = [json.loads(ended[r].text.splitlines()[-1]) for r in range(4)]
+    resting = [5, 6, 7, 8, 11, 12]
+    assert [row[0] for row in said] == [sorted(resting * 2), resting, [], resting]
+    for _, average, _ in said:
+        assert average == pytest.approx(1.5, abs=1e-12)
+    assert [row[2] for row in said] == [24 * (24 - len(row[0])) for row in said]
+
+
+# ---------------------------------------------------------------------- links by themselves
+
+
+def test_a_complaint_needs_a_reason_and_an_answer() -> None:
+    links = Links(0, 3, patience=1.0, rest=2)
+    assert links.flag(1, 1) == 0
+    links.met(1, 1, 0, HELD, 5.0)  # held up by others: not its fault
+    assert links.flag(1, 2) == HELD  # but this rank was late, too
+    links.met(1, 2, HELD, 0, 0.5)
+    assert links.flag(1, 3) == 0
+    links.met(1, 3, 0, 0, 1.5)
+    assert links.flag(1, 4) == SLOW | HELD
+    assert links.flag(2, 4) == HELD
+    links.met(1, 4, SLOW | HELD, 0, 0.0)
+    assert [links.open([1, 2], step) for step in (4, 5, 5, 6, 7)] == [[1, 2], [2], [2], [2], [1, 2]]
+    links.met(2, 7, 0, SLOW, 0.0)
+    assert links.open([1, 2], 8) == [1]
+
+
+# ---------------------------------------------------------------------- what is refused
+
+GOES_ON = Links(0, 4, "continue")
+CANNOT: dict[str, tuple[Plan, str]] = {
+    "everybody": (Plan([Sync()]), r"Sync\(peers=Complete\(\).*neighbour topology"),
+    "directed": (Plan([Sync(peers=OnePeerExponential())]), r"reversible weights.*OnePeerHypercube"),
+    "push-sum": (Plan([Sync(peers=Ring(), combine=PushSum())]), r"PushSum\(\)\): loses mass"),
+    "relay": (Plan([Sync(peers=Tree(), combine=RelaySum())]), r"RelaySum\(\)\): loses mass"),
+    "median": (Plan([Sync(peers=Ring(), combine=Median())]), r"Median\(\)\): loses mass"),
+    "memory": (plans.robust_tracking(Ring(), Averaged(Int8(), 0.1)), "RobustTracking"),
+    "tracking": (plans.gossip(Ring(), correction="gradient_tracking"), r"GradientTracking\(.*remembers"),
+    "diffusion": (plans.gossip(Ring(), correction="exact_diffusion"), r"ExactDiffusion\(.*remembers"),
+    "measured": (Plan([Sync(when=Drifted(0.1), peers=Ring())]), "needs all ranks to decide"),
+    "change at the end": (Plan([Sync(when=AtEnd(), signal="delta", codec=Int8())]), "needs every rank"),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_cannot_go_on_is_refused(name: str) -> None:
+    plan, pattern = CANNOT[name]
+    plan.check(4)
+    with pytest.raises(ValueError, match=pattern) as error:
+        check_links(plan, 4, GOES_ON)
+    assert "\n" not in str(error.value)
+    check_links(plan, 1, Links(0, 1, "continue"))
+
+
+def test_slow_ranks_are_refused_less() -> None:
+    patient = Links(0, 4, patience=1.0)
+    check_links(CANNOT["tracking"][0], 4, patient)
+    check_links(CANNOT["measured"][0], 4, patient)
+    with pytest.raises(ValueError, match=r"patience=1\.0: ExactDiffusion"):
+        check_links(CANNOT["diffusion"][0], 4, patient)
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"on_lost_peer": "resume"}, r"on_lost_peer='resume'\): must be one of 'end', 'continue'"),
+        ({"patience": 0.0}, r"patience=0\.0\): must be a number in \(0"),
+        ({"patience": 1.0, "rest": 0}, r"rest=0\): must be an integer of at least 1"),
+        ({"rest": 3}, r"rest=3\): links rest only with patience"),
+        ({"patience": 1.0}, r"virtual time passes only with link"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], pattern: str) -> None:
+    with pytest.raises(ValueError, match=pattern):
+        still(Plan([Sync(peers=Ring())]), 4, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_dopt.comm.ledger import all_gather_bytes, all_reduce_bytes
 from lightning_dopt.comm.link import Link, LinkClock
-from lightning_dopt.comm.links import REST, Links, OnLostPeer, make_links
+from lightning_dopt.comm.links import REST, Links, OnLostPeer, check_links, make_links
 from lightning_dopt.comm.world import Pending, SyncError, Talk, World
 
 T = TypeVar("T")
@@ -91,6 +91,7 @@ class SimulatedWorld(World):
         Raises:
             ValueError: an argument out of range, or ``patience`` without ``link``.
         """
+        check_links(cls.__name__, on_lost_peer, patience, rest)
         if patience is not None and link is None:
             raise ValueError(f"{cls.__name__}(patience={patience!r}): virtual time passes only with link=Link(...)")
         hub = _Hub()
