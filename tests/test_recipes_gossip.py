@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonargparse
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from benchmarks import gossip_scaling
-from lightning_dopt import Ring, cli, plans
+from lightning_dopt import Plan, Ring, cli, plans
 from recipes import merging
 from recipes.processes import on_ranks
 from recipes.vision import comparison, heterogeneity
@@ -183,18 +184,46 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", jsonargparse.__version__)[:2])
 
 
-@pytest.mark.trainer
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.skipif(_version() < (4, 41), reason="older jsonargparse takes classes only")
-def test_yaml_names_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, str], Plan]:
+    """The plan of the local tracking recipe with another function and options in its place, as ``dopt fit`` reads it."""
+    if _version() < (4, 41):
+        pytest.skip("older jsonargparse takes classes only")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["dopt"])
-    command = cli.DoptCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        run=False,
-        args=["-c", "recipes/llm/gossip_quasi_global.yaml", "--trainer.logger=false"],
-    )
-    assert command.trainer.strategy.plan == plans.qg_dsgdm(Ring(), mu=0.9)
+
+    def read(name: str, option: str) -> Plan:
+        text = Path("recipes/llm/gossip_local_tracking.yaml").read_text()
+        assert text.count("plans.k_gt") == text.count("sync_every: 4") == 1
+        changed = tmp_path / "changed.yaml"
+        changed.write_text(text.replace("plans.k_gt", f"plans.{name}").replace("sync_every: 4", option))
+        command = cli.DoptCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            run=False,
+            args=["-c", str(changed), "--trainer.logger=false"],
+        )
+        return command.trainer.strategy.plan
+
+    return read
+
+
+@pytest.mark.trainer
+@pytest.mark.filterwarnings("ignore")
+def test_yaml_names_a_plan(configured: Callable[[str, str], Plan]) -> None:
+    assert configured("k_gt", "sync_every: 4") == plans.k_gt(Ring(), sync_every=4)
+    assert configured("qg_dsgdm", "mu: 0.8") == plans.qg_dsgdm(Ring(), mu=0.8)
+
+
+@pytest.mark.trainer
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "option", "said"),
+    [("qg_dsgdm", "mu: 2.0", "mu"), ("qg_dsgdm", "beta: 0.9", "beta"), ("dsgdqg", "mu: 0.9", "dsgdqg")],
+)
+def test_yaml_refuses_in_one_line(configured: Callable[[str, str], Plan], name: str, option: str, said: str) -> None:
+    with pytest.raises(cli.BadInputError, match=said) as refused:
+        configured(name, option)
+    assert "\n" not in str(refused.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import jsonargparse
 import pytest
 import torch
 import yaml
@@ -70,6 +71,10 @@ def options(recipe: Path) -> list[str]:
     ]
 
 
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
 def test_there_are_recipes() -> None:
     assert {p.relative_to(ROOT / "recipes").as_posix() for p in RECIPES} >= {"llm/diloco.yaml", "vision/lo_fi.yaml"}
 
@@ -79,9 +84,9 @@ def test_says_what_it_does(recipe: Path) -> None:
     text = recipe.read_text()
     name = recipe.relative_to(ROOT).as_posix()
     head = "".join(line for line in text.splitlines() if line.startswith("#"))
-    assert f"dopt fit -c {name}" in head
-    assert all(word in head for word in ("2 processes", "min", "val/"))
     config = yaml.safe_load(text)
+    assert f"dopt fit -c {name}" in head
+    assert all(word in head for word in (f"{config['trainer']['devices']} processes", "min", "val/"))
     assert config["trainer"]["logger"]["init_args"]["name"] == f"{recipe.parent.name}_{recipe.stem}"
 
 
@@ -89,6 +94,8 @@ def test_says_what_it_does(recipe: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_trains(recipe: Path) -> None:
+    if "lightning_dopt.plans." in recipe.read_text() and _version(jsonargparse.__version__) < (4, 41):
+        pytest.skip("older jsonargparse takes classes only")
     command = Command.of(recipe, *options(recipe))
     trainer: Trainer = command.trainer
     before = torch.cat([p.detach().flatten().clone() for p in command.model.parameters()])

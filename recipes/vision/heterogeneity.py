@@ -82,9 +82,11 @@ def plot(outcomes: list[Outcome], path: Path) -> Path:
         panels[row][0].set_xlabel("steps")
         panels[row][1].set_xlabel("bytes sent per worker")
         panels[row][1].set_xscale("log")
+    worst, best = (pick(min(o.local[-1], o.merged[-1]) for o in outcomes) for pick in (min, max))
     for axes in figure.axes:
         axes.grid(alpha=0.3, which="both")
-    figure.axes[0].legend(fontsize=8)
+        axes.set_ylim(max(0.0, worst - 0.15), min(1.0, best + 0.03))  # where methods differ, not how they begin
+    figure.axes[1].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
     return path
 
