@@ -7,15 +7,19 @@ import re
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from broken import Processes, die, say
+from broken import Processes, Troubled, crash, die, say
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from problems import p1, sgd
 from torch import Tensor
+from trainer_tools import Regressor, flat, regression, trainer
 
 from lightning_dopt import (
     AtEnd,
@@ -23,6 +27,7 @@ from lightning_dopt import (
     Difference,
     Drifted,
     Engine,
+    GossipStrategy,
     Int8,
     Link,
     Median,
@@ -34,6 +39,7 @@ from lightning_dopt import (
     PushSum,
     RandomPairs,
     RelaySum,
+    ReplicaStrategy,
     Ring,
     Simulation,
     Sync,
@@ -45,6 +51,7 @@ from lightning_dopt import (
 from lightning_dopt.comm.links import HELD, SLOW, Links
 from lightning_dopt.compress.memory import Averaged
 from lightning_dopt.lost_peers import check_links
+from lightning_dopt.strategies.survivors import warn_of_launcher
 from lightning_dopt.topology import Hypercube, OnePeerHypercube
 from lightning_dopt.topology.base import Topology
 
@@ -459,3 +466,97 @@ def test_slow_ranks_are_refused_less() -> None:
 def test_bad_options(options: dict[str, Any], pattern: str) -> None:
     with pytest.raises(ValueError, match=pattern):
         still(Plan([Sync(peers=Ring())]), 4, **options)
+
+
+# ---------------------------------------------------------------------- with Lightning, processes started one by one
+
+
+def by_hand(rank: int, n: int, port: int) -> dict[str, str]:
+    """One process per node."""
+    return {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def fit(module: Troubled, folder: Path, n: int = 3) -> Callable[[int], None]:
+    """Three epochs of eight steps with validation, early stopping and a checkpoint each; says how it ended."""
+
+    def job(rank: int) -> None:
+        strategy = GossipStrategy(Ring(), timeout=timedelta(seconds=60), on_lost_peer="continue")
+        kept = ModelCheckpoint(folder, monitor="val_loss", save_top_k=-1, save_last=True)
+        calls = [kept, EarlyStopping("val_loss", patience=9)]
+        fitter = trainer(strategy, 1, num_nodes=n, max_epochs=3, callbacks=calls)
+        fitter.fit(module, regression(32 * n), regression(8 * n))
+        logged = {k: float(v) for k, v in fitter.callback_metrics.items()}
+        assert strategy.world is not None
+        ended = {
+            "steps": fitter.global_step,
+            "weights": flat(module).tolist(),
+            "val_loss": logged["val_loss"],
+            "lost": [strategy.world.lost, logged["comm/lost_peers"]],
+            "skipped": logged["comm/skipped"],
+            "best": kept.best_model_path,
+        }
+        say(json.dumps(ended))
+
+    return job
+
+
+@pytest.mark.trainer
+@pytest.mark.parametrize(
+    ("what", "where", "step"),
+    [
+        (die, "training_step", 5),
+        (crash, "training_step", 5),
+        (die, "validation_step", 8),
+        (die, "on_save_checkpoint", 8),
+    ],
+    ids=["killed", "raised", "in validation", "while saving"],
+)
+def test_a_fit_goes_on(tmp_path: Path, what: Callable[[], None], where: str, step: int) -> None:
+    with Processes(fit(Troubled(what, 2, step, where), tmp_path), 3, environment=by_hand) as processes:
+        ended = processes.join(60)
+    assert ended[2].code == (1 if what is crash else -signal.SIGKILL)
+    assert (ended[0].code, ended[1].code) == (0, 0), ended[0].text + ended[1].text
+    said = [json.loads(next(t for t in ended[r].text.splitlines() if t.startswith("{"))) for r in (0, 1)]
+    assert said[0] == said[1]
+    assert said[0]["steps"] == 24
+    assert said[0]["lost"] == [[2], 1.0]
+    assert said[0]["skipped"] == 24 - step
+    last = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    module = Regressor()
+    module.load_state_dict(last["state_dict"])
+    torch.testing.assert_close(flat(module).tolist(), said[0]["weights"], rtol=1e-6, atol=1e-7)
+    assert Path(said[0]["best"]).exists()
+
+
+@pytest.mark.trainer
+def test_a_fit_ends_without_rank_0(tmp_path: Path) -> None:
+    with Processes(fit(Troubled(die, 0, 5), tmp_path), 3, environment=by_hand) as processes:
+        ended = processes.join(60)
+    for rank in (1, 2):
+        assert ended[rank].code == 1
+        assert len(ended[rank].errors) == 1
+        assert "rank 0, which is gone" in ended[rank].errors[0]
+
+
+def test_the_strategy_refuses_before_any_process_starts() -> None:
+    for strategy, pattern in [
+        (lambda: GossipStrategy(on_lost_peer="continue"), "reversible weights"),
+        (lambda: ReplicaStrategy(Sync(), on_lost_peer="continue"), "neighbour topology"),
+        (lambda: GossipStrategy(Ring(), correction="exact_diffusion", patience=1.0), "remembers"),
+        (lambda: GossipStrategy(Ring(), rest=3), r"GossipStrategy\(rest=3\)"),
+        (lambda: ReplicaStrategy(on_lost_peer="go"), r"ReplicaStrategy\(on_lost_peer='go'\)"),  # type: ignore[arg-type]
+    ]:
+        with pytest.raises(ValueError, match=pattern):
+            trainer(strategy(), 4)
+
+
+def test_launchers_that_kill_all_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_launcher(False)
+    with pytest.warns(UserWarning, match="Lightning ends all processes"):
+        warn_of_launcher(True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.warns(UserWarning, match="torchrun ends all processes"):
+        warn_of_launcher(False)

@@ -285,7 +285,7 @@ class ProcessGroupWorld(World):
         self.ledger.sent(label, 0, all_reduce_bytes(tensor.nbytes, self.size))
         return self._reduce(tensor, dist.ReduceOp.MAX, label)
 
-    def all_gather(self, payload: Tensor, label: str) -> Pending:
+    def all_gather(self, payload: Tensor, label: str, *, overhead: bool = False) -> Pending:
         """See :meth:`World.all_gather`. Where peers may be lost the rows are those of the ranks that are left."""
         if self._through_zero:
             rows: list[Tensor] = []
@@ -297,9 +297,10 @@ class ProcessGroupWorld(World):
                 lambda out: out.view(payload.dtype).view(-1, *payload.shape).to(payload.device),
                 label,
                 len(payload_bytes) * self.size,
-                overhead=False,
+                overhead,
             )
-        self.ledger.sent(label, all_gather_bytes(payload.nbytes, self.size))
+        nbytes = all_gather_bytes(payload.nbytes, self.size)
+        self.ledger.sent(label, 0 if overhead else nbytes, nbytes if overhead else 0)
         out = torch.empty((self.size, *payload.shape), dtype=payload.dtype, device=payload.device)
         if self.size == 1:
             out.copy_(payload.unsqueeze(0))

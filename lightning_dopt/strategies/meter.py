@@ -50,6 +50,8 @@ class Meter:
         if engine.step % max(1, getattr(module.trainer, "log_every_n_steps", 1)) == 0:
             quiet = {"comm/bytes_per_step": ledger.bytes / engine.step, "comm/overhead_bytes": ledger.overhead}
             quiet |= {f"comm/bytes/{label}": entry.bytes for label, entry in ledger.entries.items() if entry.bytes}
+        if self.world.links is not None:
+            quiet |= {"comm/lost_peers": len(self.world.lost), "comm/skipped": ledger.skipped}
         if clock is not None:
             quiet |= {"comm/link_s": clock.now, "comm/link_stall_s": clock.stall_s}
         for name, value in (shown | quiet).items():

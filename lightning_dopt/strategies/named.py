@@ -7,6 +7,7 @@ from typing import Literal
 
 from lightning_dopt import plans
 from lightning_dopt.comm.link import Link
+from lightning_dopt.comm.links import REST, OnLostPeer
 from lightning_dopt.compress.base import Codec
 from lightning_dopt.local import Correction
 from lightning_dopt.plans.gossip import CorrectionName, Order
@@ -124,6 +125,9 @@ class GossipStrategy(ReplicaStrategy):
         link: See :class:`ReplicaStrategy`.
         link_step_seconds: See :class:`ReplicaStrategy`.
         timeout: See :class:`ReplicaStrategy`.
+        on_lost_peer: See :class:`ReplicaStrategy`.
+        patience: See :class:`ReplicaStrategy`.
+        rest: See :class:`ReplicaStrategy`.
         process_group_backend: See :class:`ReplicaStrategy`.
         start_method: See :class:`ReplicaStrategy`.
     """
@@ -142,6 +146,9 @@ class GossipStrategy(ReplicaStrategy):
         link: Link | None = None,
         link_step_seconds: float | None = None,
         timeout: timedelta = HALF_HOUR,
+        on_lost_peer: OnLostPeer = "end",
+        patience: float | None = None,
+        rest: int = REST,
         process_group_backend: str | None = None,
         start_method: StartMethod = "popen",
     ) -> None:
@@ -153,6 +160,9 @@ class GossipStrategy(ReplicaStrategy):
             link=link,
             link_step_seconds=link_step_seconds,
             timeout=timeout,
+            on_lost_peer=on_lost_peer,
+            patience=patience,
+            rest=rest,
             process_group_backend=process_group_backend,
             start_method=start_method,
         )

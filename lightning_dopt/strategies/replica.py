@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -20,7 +21,9 @@ from lightning_dopt._checks import check_choice, check_float, check_int
 from lightning_dopt.comm import Link, ProcessGroupWorld
 from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.comm.link import LinkClock
+from lightning_dopt.comm.links import REST, OnLostPeer, make_links
 from lightning_dopt.engine import Engine
+from lightning_dopt.lost_peers import check_links
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.strategies import _private, failure, replica_files, start
 from lightning_dopt.strategies.checkpoints import ReplicaCheckpoints
@@ -28,6 +31,7 @@ from lightning_dopt.strategies.consensus import ConsensusModel
 from lightning_dopt.strategies.meter import Meter, exact
 from lightning_dopt.strategies.optimizers import OptimizerIndex
 from lightning_dopt.strategies.stop_signal import StopSignal
+from lightning_dopt.strategies.survivors import Survivors, warn_of_launcher
 from lightning_dopt.strategies.two_passes import check_two_passes, second_pass
 from lightning_dopt.strategies.watch import Watch
 
@@ -58,6 +62,11 @@ class ReplicaStrategy(DDPStrategy):
         link_step_seconds: Seconds of computing per optimizer step for that clock, as ``step_seconds`` of ``Simulation``;
             then ``comm/link_s`` depends on the plan and the model only. ``None`` measures them.
         timeout: How long a rank waits for others before it gives up.
+        on_lost_peer: ``"end"``: a rank that is gone ends the run on all others, with an error that names it. ``"continue"``:
+            they go on without it; for plans that talk to neighbours with symmetric weights, on gloo, with processes that
+            are started one by one. Without rank 0 the run ends. See the page on failures.
+        patience: Seconds to wait for a neighbour before both let their link rest; ``None``: as long as it takes.
+        rest: Optimizer steps with a meeting of the pair that a link rests.
         process_group_backend: ``"gloo"``, ``"nccl"``; ``None`` picks by device.
         start_method: How Lightning starts the processes.
         accelerator: See ``DDPStrategy``.
@@ -81,6 +90,9 @@ class ReplicaStrategy(DDPStrategy):
         link: Link | None = None,
         link_step_seconds: float | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        on_lost_peer: OnLostPeer = "end",
+        patience: float | None = None,
+        rest: int = REST,
         process_group_backend: str | None = None,
         start_method: StartMethod = "popen",
         accelerator: Accelerator | None = None,
@@ -98,6 +110,8 @@ class ReplicaStrategy(DDPStrategy):
         self.clock_index = check_int(name, "clock", clock, 0)
         self.measure_every = check_int(name, "measure_every", measure_every, 0)
         self.link_step_seconds = _seconds(name, link_step_seconds, link)
+        make_links(0, 1, on_lost_peer, patience, rest, name)
+        self.on_lost_peer, self.patience, self.rest = on_lost_peer, patience, rest
         check_choice(name, "start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         if timeout <= timedelta(0):
             raise ValueError(f"{name}(timeout={timeout!r}): must be longer than zero")
@@ -137,7 +151,11 @@ class ReplicaStrategy(DDPStrategy):
                 f"{type(self).__name__}(start_method='popen'): a notebook cannot be started again as a script; use "
                 "start_method='fork', or a name such as strategy='diloco_notebook'"
             )
-        self.plan.check(self.num_nodes * self.num_processes)
+        size = self.num_nodes * self.num_processes
+        self.plan.check(size)
+        links = make_links(0, size, self.on_lost_peer, self.patience, self.rest, type(self).__name__)
+        if links is not None:
+            check_links(self.plan, size, links)
 
     def setup_environment(self) -> None:
         """Make the process groups (again for each ``fit`` or ``validate``, but only once in a process).
@@ -148,9 +166,19 @@ class ReplicaStrategy(DDPStrategy):
         with failure.meeting(self, self.timeout):
             super().setup_environment()
             if self.world is None:
-                self.world = ProcessGroupWorld(timeout=self.timeout, backend=self._process_group_backend)
+                self.world = ProcessGroupWorld(
+                    timeout=self.timeout,
+                    backend=self._process_group_backend,
+                    on_lost_peer=self.on_lost_peer,
+                    patience=self.patience,
+                    rest=self.rest,
+                )
+        if self.goes_on:
+            environment = self.cluster_environment
+            starts = environment is not None and not environment.creates_processes_externally
+            warn_of_launcher(starts and self.num_processes > 1)
         if self._trainer.state.fn == TrainerFn.FITTING:
-            self._watch = Watch(_private.default_store(), self.global_rank, self.world_size)
+            self._watch = Watch(_private.default_store(), self.global_rank, self.world_size, goes_on=self.goes_on)
             self.world.diagnose = self._watch.diagnose
             self._watch.start()
 
@@ -177,7 +205,7 @@ class ReplicaStrategy(DDPStrategy):
         check_two_passes(self.engine, module, trainer)
         start.warn_of_lost_weights(self.plan, inner, trainer.gradient_clip_val)
         self._checkpoints.begin()
-        self._undo_quiet = StopSignal(trainer, self.engine.meets, self._answers).undo
+        self._undo_quiet = StopSignal(trainer, self.engine.meets, self._told_by_zero).undo
         if self.evaluate == "consensus":
             start.warn_of_averages(self.plan, self.world_size, trainer.callbacks)
 
@@ -212,6 +240,8 @@ class ReplicaStrategy(DDPStrategy):
             )
 
         def closure_and_sync() -> Any:
+            if self._loss_scale() is None:
+                engine.watch_gradients(index if self._index.several else 0)
             out = closure()
             if engine.passes == 2:
                 second_pass(engine, closure, module, index if self._index.several else 0)
@@ -251,6 +281,15 @@ class ReplicaStrategy(DDPStrategy):
         """Whether a fit is in work that has an engine."""
         module = self.lightning_module
         return self.engine is not None and module is not None and module.trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run goes on without lost peers, so that Lightning's own communication must, too."""
+        return self.on_lost_peer == "continue"
+
+    @property
+    def _survivors(self) -> Survivors | None:
+        return Survivors(self.world) if self.goes_on and self.world is not None else None
 
     @property
     def interrupted(self) -> bool:
@@ -334,24 +373,55 @@ class ReplicaStrategy(DDPStrategy):
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks, except in a failed run, where peers may be gone."""
-        if not self.interrupted:
-            with self._answers(f"barrier {args[0]!r}" if args else "barrier"):
-                super().barrier(*args, **kwargs)
+        if self.interrupted:
+            return
+        if self._survivors is not None:
+            self._survivors.barrier()
+            return
+        with self._answers(f"barrier {args[0]!r}" if args else "barrier"):
+            super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """One rank's object for all."""
+        if self._survivors is not None:
+            return cast(T, self._survivors.broadcast(obj, src))
         with self._answers("broadcast"):
             return super().broadcast(obj, src)
 
-    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """The mean (or what is asked for) over all ranks, as for ``self.log(..., sync_dist=True)``."""
+        if self._survivors is not None:
+            return self._survivors.reduce(tensor, reduce_op) if isinstance(tensor, Tensor) else tensor
         with self._answers("reduction of a metric"):
-            return super().reduce(tensor, *args, **kwargs)
+            return super().reduce(tensor, group, reduce_op)
 
-    def all_gather(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Every rank's tensor, stacked."""
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all ranks, or any, decided so."""
+        if self._survivors is not None:
+            return self._survivors.any_or_all(decision, all)
+        return super().reduce_boolean_decision(decision, all)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Every rank's tensor, stacked.
+
+        Raises:
+            ValueError: ``sync_grads`` with ``on_lost_peer="continue"``.
+        """
+        if self._survivors is not None:
+            if sync_grads:
+                raise ValueError("all_gather(sync_grads=True): no gradients with on_lost_peer='continue'; use False")
+            return self._survivors.all_gather(tensor)
         with self._answers("all_gather"):
-            return super().all_gather(tensor, *args, **kwargs)
+            return super().all_gather(tensor, group, sync_grads)
+
+    def _told_by_zero(self, flag: bool) -> bool:
+        """Rank 0's flag."""
+        if self._survivors is not None:
+            return bool(self._survivors.broadcast(flag, 0))
+        value = torch.tensor([int(flag)], device=self.root_device)
+        with self._answers("broadcast before the step"):
+            dist.broadcast(value, 0)
+        return bool(value.item())
 
     def _answers(self, where: str) -> AbstractContextManager[None]:
         """Say who is missing if communication outside the plan fails."""
@@ -370,6 +440,8 @@ class ReplicaStrategy(DDPStrategy):
     def teardown(self) -> None:
         """Undo everything local; nothing here waits for other ranks."""
         self._undo_quiet()
+        if self.engine is not None:
+            self.engine.close()
         self._undo_quiet = _nothing
         if self._watch is not None:
             self._watch.stop()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dopt.strategies import _private
@@ -27,13 +24,11 @@ class StopSignal:
     Args:
         trainer: The Trainer, before it registers its signal handlers.
         meets: Whether all ranks wait for all at the coming optimizer step; the same answer on all ranks.
-        answers: Makes the context in which to communicate; turns errors into readable ones.
+        told_by_zero: Gives all ranks rank 0's flag. Collective.
     """
 
-    def __init__(
-        self, trainer: Any, meets: Callable[[], bool], answers: Callable[[str], AbstractContextManager[None]]
-    ) -> None:
-        self.trainer, self.meets, self.answers = trainer, meets, answers
+    def __init__(self, trainer: Any, meets: Callable[[], bool], told_by_zero: Callable[[bool], bool]) -> None:
+        self.trainer, self.meets, self.told_by_zero = trainer, meets, told_by_zero
         self._timer: threading.Timer | None = None
         self._undo = _private.replace_sigterm(trainer, self._on_signal, self._before_batch)
 
@@ -58,9 +53,6 @@ class StopSignal:
     def _before_batch(self) -> None:
         if not self.meets():
             return
-        flag = torch.tensor([int(self._timer is not None)], device=self.trainer.strategy.root_device)
-        with self.answers("broadcast before the step"):
-            dist.broadcast(flag, 0)
-        if flag.item():
+        if self.told_by_zero(self._timer is not None):
             _private.received_sigterm(self.trainer)
             raise SIGTERMException

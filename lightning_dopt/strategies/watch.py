@@ -29,12 +29,20 @@ class Watch:
         grace: Seconds between another rank's failure and the end of this process.
         poll: Seconds between looks at the store.
         patience: Seconds that a look may take: a process that is stopped keeps its connections and never answers.
+        goes_on: Whether the run goes on without the ranks that fail, except rank 0.
     """
 
     def __init__(
-        self, store: Any, rank: int, size: int, grace: float = 15.0, poll: float = 3.0, patience: float = 5.0
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        grace: float = 15.0,
+        poll: float = 3.0,
+        patience: float = 5.0,
+        goes_on: bool = False,
     ) -> None:
-        self.store, self.rank, self.size = store, rank, size
+        self.store, self.rank, self.size, self.goes_on = store, rank, size, goes_on
         self.grace, self.poll, self.patience = grace, poll, patience
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -119,6 +127,8 @@ class Watch:
                 others = {r: n for r, n in self._read("failed").items() if r != self.rank}
             except Exception:
                 others = {0: "|its process has ended"}
+            if self.goes_on:
+                others = {r: n for r, n in others.items() if r == 0}
             if others and not self._stop.wait(self.grace):
                 self._end(others)
 
