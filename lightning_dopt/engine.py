@@ -13,12 +13,13 @@ from lightning_dopt.apply import OneRound
 from lightning_dopt.comm.world import Talk, World
 from lightning_dopt.distance import sketched_distance
 from lightning_dopt.exchange import Channel
+from lightning_dopt.gradient_runner import GradientRunner
 from lightning_dopt.local.base import Context
 from lightning_dopt.lost_peers import check_links
 from lightning_dopt.plan import Plan, Sync
-from lightning_dopt.runners import GradientRunner, LaneRunner, SyncRunner
+from lightning_dopt.runners import LaneRunner, SyncRunner
 from lightning_dopt.schedules import Drifted
-from lightning_dopt.slots import FlatBuffers, FlatGradients, FlatTensors, Lane, tracker_lane
+from lightning_dopt.slots import FlatBuffers, FlatGradients, FlatTensors, Lane, buckets, tracker_lane
 from lightning_dopt.topology.weights import RowNormalised
 from lightning_dopt.what import OptimizerState
 
@@ -31,6 +32,7 @@ class Engine:
         engine = Engine(plan, dict(model.named_parameters()), ProcessGroupWorld())
         for batch in data:
             engine.run(engine.before_step())
+            engine.watch_gradients()
             loss(model, batch).backward()
             engine.run(engine.on_gradients())
             optimizer.step()
@@ -132,8 +134,11 @@ class Engine:
             for runners, group in zip(self.gradients, self.groups, strict=True):
                 names = [name for name in self._selected(sync) if name in group]
                 if names:
-                    copies = [FlatGradients(self.parameters, lane) for lane in self.flat.select(names)]
-                    runners.append(GradientRunner(self._runner(index, sync, label, [c.lane for c in copies]), copies))
+                    size = getattr(sync.what, "bucket_mb", 0.0) * 1e6
+                    lanes = [part for lane in self.flat.select(names) for part in buckets(lane, size)]
+                    copies = [FlatGradients(self.parameters, lane) for lane in lanes]
+                    runner = self._runner(index, sync, label, [c.lane for c in copies])
+                    runners.append(GradientRunner(runner, copies, self.parameters))
         elif slot == "buffers":
             lanes = [self.buffers.lane] if self.buffers.buffers else []
             self.runners.append(self._runner(index, sync, label, lanes))
@@ -225,6 +230,25 @@ class Engine:
         with torch.no_grad():
             for correction in self.corrections:
                 correction.restore(self.groups[group])
+
+    def watch_gradients(self, group: int = 0) -> None:
+        """Before the backward whose gradients are due: from now on, send each bucket as soon as it is complete.
+
+        Optional: without it all buckets leave in :meth:`on_gradients`, with the same result. Nothing is watched where
+        somebody must see the gradients first: corrections, a second pass, a virtual clock that knows no overlap. With loss
+        scaling do not call it.
+        """
+        if self.corrections or self.world.clock is not None:
+            return
+        self.world.step = self.step + 1
+        for gradient in self.gradients[group]:
+            gradient.watch()
+
+    def close(self) -> None:
+        """Take everything off the parameters that this engine put there; they keep their storage and values."""
+        for runners in self.gradients:
+            for gradient in runners:
+                gradient.close()
 
     def on_gradients(self, scale: float | None = None, group: int = 0) -> Talk[None]:
         """After backward, before clipping and the optimizer: corrections, then gradient syncs.

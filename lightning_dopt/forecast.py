@@ -21,7 +21,7 @@ from lightning_dopt.local.base import BoundCorrection
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import LaneRunner, SyncRunner
 from lightning_dopt.schedules import Drifted
-from lightning_dopt.slots import Lane
+from lightning_dopt.slots import FlatGradients, Lane
 from lightning_dopt.topology.base import Topology
 
 T = TypeVar("T")
@@ -333,6 +333,16 @@ class _SizedLane(LaneRunner):
         return sum(_size(dict(state)) for state in self.optimizer.state.values())
 
 
+class _NoCopy(FlatGradients):
+    """Gradients without contents have nothing to be copied."""
+
+    def gather(self) -> None:
+        """See :meth:`FlatGradients.gather`."""
+
+    def scatter(self) -> None:
+        """See :meth:`FlatGradients.scatter`."""
+
+
 class _SizedEngine(Engine):
     """The engine over tensors without contents."""
 
@@ -343,7 +353,7 @@ class _SizedEngine(Engine):
         self._bound, self.corrections = self.corrections, []  # they move no bytes
         self._copies = sum(_size(copy.lane.live) for gradient in self.gradients[0] for copy in gradient.copies)
         for gradient in self.gradients[0]:
-            gradient.copies = []
+            gradient.copies = [_NoCopy(self.parameters, copy.lane) for copy in gradient.copies]
 
     def _runner(self, index: int, sync: Sync, label: str, lanes: list[Lane]) -> SyncRunner:
         runner = super()._runner(index, sync, label, lanes)

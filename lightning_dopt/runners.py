@@ -13,7 +13,7 @@ from lightning_dopt.compress import Identity
 from lightning_dopt.exchange import Channel, Flight
 from lightning_dopt.local.base import BoundCorrection
 from lightning_dopt.plan import Sync
-from lightning_dopt.slots import FlatGradients, Lane
+from lightning_dopt.slots import Lane
 
 
 class LaneRunner:
@@ -202,20 +202,3 @@ class SyncRunner:
         self.rounds = int(state["rounds"])
         for lane, saved in zip(self.lanes, state["lanes"], strict=False):  # lanes of optimizer states come later
             lane.load_state_dict(saved)
-
-
-class GradientRunner:
-    """A gradient sync of the parameters that one optimizer steps."""
-
-    def __init__(self, runner: SyncRunner, copies: list[FlatGradients]) -> None:
-        self.runner, self.copies = runner, copies
-
-    def run(self) -> Talk[None]:
-        """Gather, send, apply, hand back. Steps are this optimizer's own, counted by the rounds sent."""
-        step = self.runner.rounds + 1
-        for copy in self.copies:
-            copy.gather()
-        self.runner.send(step)
-        yield from self.runner.apply(step)
-        for copy in self.copies:
-            copy.scatter()

@@ -57,6 +57,26 @@ class Lane:
         return [f.of(flat) for f in self.fields]
 
 
+def buckets(lane: Lane, nbytes: float) -> list[Lane]:
+    """The lane cut, between tensors, into stretches of about ``nbytes``; as it is if ``nbytes`` is 0."""
+    if nbytes <= 0 or lane.live.nbytes <= nbytes:
+        return [lane]
+    cuts, start = [0], 0
+    for field in lane.fields:
+        end = field.offset + field.numel
+        if (end - start) * lane.live.itemsize > nbytes and field.offset > start:
+            cuts.append(field.offset)
+            start = field.offset
+    bounds = zip(cuts, [*cuts[1:], lane.numel], strict=True)
+    return [
+        Lane(
+            lane.live[a:b],
+            [Field(f.name, f.offset - a, f.shape) for f in lane.fields if a <= f.offset < b or a == f.offset == b],
+        )
+        for a, b in bounds
+    ]
+
+
 def tracker_lane(lane: Lane) -> Lane:
     """A lane of zeros like ``lane``, in the type of its messages."""
     return Lane(torch.zeros(lane.numel, dtype=lane.message_dtype, device=lane.live.device), lane.fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+from lightning_dopt._checks import check_float
 from lightning_dopt._part import Part
 
 
@@ -39,14 +40,22 @@ class Parameters(What):
 class Gradients(Parameters):
     """Gradients, synchronised after backward and before clipping and the optimizer step.
 
+    They are sent in buckets, each as one message to the codec: while backward goes on with the first layers, the gradients
+    of the last are under way already. All ranks send the buckets in the same order.
+
     Args:
         match: Pattern on parameter names.
+        bucket_mb: Size of a bucket in 10^6 bytes; one larger tensor is a bucket of its own. 0 sends all in one.
 
     Raises:
-        ValueError: an empty pattern.
+        ValueError: an empty pattern or ``bucket_mb < 0``.
     """
 
     slot = "gradients"
+
+    def __init__(self, match: str = "*", bucket_mb: float = 25.0) -> None:
+        super().__init__(match)
+        self.bucket_mb = check_float("Gradients", "bucket_mb", bucket_mb, 0.0)
 
 
 class OptimizerState(What):
