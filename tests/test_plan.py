@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
     "an empty state": (lambda: OptimizerState(""), ["OptimizerState(key='')", "exp_avg"]),
     "diffusion too fast": (lambda: ExactDiffusion(1.5), ["ExactDiffusion(kappa=1.5)", "(0, 1]"]),
     "a nested memory": (lambda: ErrorFeedback(EF21(Int8())), ["ErrorFeedback(codec=EF21", "do not nest"]),  # type: ignore[arg-type]
-    "an unknown correction": (lambda: plans.gossip(correction="extra"), ["gossip(correction='extra')", "'none'"]),  # type: ignore[arg-type]
+    "an unknown correction": (lambda: plans.gossip(correction="tracking"), ["gossip(correction='tracking')", "'none'"]),  # type: ignore[arg-type]
     # numbers of workers
     "changes over a ring": (
         lambda: Plan([Sync(signal="delta", peers=Ring())]).check(4),
@@ -471,7 +471,8 @@ def test_corrections_refuse_topologies_that_bias_them() -> None:
         directed.check(8)
     pull = topology.FromMatrix([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.75, 0.0, 0.25]])
     with pytest.raises(ValueError, match=r"^GradientTracking: .* use a doubly stochastic topology$"):
-        plans.gossip(pull, correction="gradient_tracking").check(3)
+        plans.gossip(topology.RandomPull(), correction="gradient_tracking").check(3)
+    plans.gossip(pull, correction="gradient_tracking").check(3)  # one fixed matrix: exact for its stationary weights
     plans.gossip(correction="exact_diffusion").check(7)  # its default is a ring
 
 
