@@ -24,6 +24,7 @@ from lightning_dopt.compress import (
 from lightning_dopt.engine import Engine
 from lightning_dopt.local import (
     SAM,
+    ConjugateGradient,
     ExactDiffusion,
     Extra,
     GradientTracking,
@@ -32,6 +33,7 @@ from lightning_dopt.local import (
     Prox,
     QuasiGlobalMomentum,
     RobustTracking,
+    Stiefel,
 )
 from lightning_dopt.outer import HeavyBall, Nesterov
 from lightning_dopt.plan import Plan, Sync
@@ -79,6 +81,7 @@ __all__ = [  # noqa: RUF022
     "Chebyshev",
     "Complete",
     "CompressedDDPStrategy",
+    "ConjugateGradient",
     "Damped",
     "DeepSqueeze",
     "Delay",
@@ -140,6 +143,7 @@ __all__ = [  # noqa: RUF022
     "SimulatedWorld",
     "Simulation",
     "Star",
+    "Stiefel",
     "Sync",
     "SyncError",
     "TopK",

@@ -16,7 +16,8 @@ from lightning_dopt.local import GradientTracking
 from lightning_dopt.plan import Plan as PlanType
 from lightning_dopt.topology import Directed, Ring
 
-MADE: dict[str, Callable[[], Plan]] = {name: getattr(plans, name) for name in plans.__all__} | {
+MATRICES = ("drcgd", "riemannian_tracking")  # tested beside the manifold
+MADE: dict[str, Callable[[], Plan]] = {name: getattr(plans, name) for name in plans.__all__ if name not in MATRICES} | {
     "weighted_gossip": lambda: plans.weighted_gossip(counts=[1, 2, 3, 4]),
     "weighted losses": lambda: plans.weighted_gossip(counts=[1, 2, 3, 4], weighting="loss"),
     "push-sum on a digraph": lambda: plans.sgp(Directed([[1, 2], [2], [3], [0]], "push")),

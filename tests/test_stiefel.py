@@ -10,7 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dopt import Blocking, Delay, Difference, Every, Nesterov, Parameters, Plan, Ring, Simulation, Sync, TopK
+from lightning_dopt import (
+    Blocking,
+    Delay,
+    Difference,
+    Every,
+    Nesterov,
+    Parameters,
+    Plan,
+    Ring,
+    Simulation,
+    Sync,
+    TopK,
+    plans,
+)
 from lightning_dopt.combine import Repeated
 from lightning_dopt.comm.simulated import lockstep
 from lightning_dopt.local import ConjugateGradient, ExactDiffusion, GradientTracking, Stiefel
@@ -292,3 +305,8 @@ def test_matches_that_are_no_matrices_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^Stiefel\(match='v'\): matches none of the trainable parameters$"):
         run("v")
     run("w")
+
+
+def test_the_published_names_are_these_configurations() -> None:
+    assert plans.drcgd("w", rounds=2) == drcgd(2)
+    assert plans.riemannian_tracking("w") == tracking()

@@ -13,6 +13,7 @@ from lightning_dopt.plans.lo_fi import lo_fi
 from lightning_dopt.plans.local_sgd import local_sgd
 from lightning_dopt.plans.momentum import decentlam, dmsgd, qg_dsgdm
 from lightning_dopt.plans.relay_sgd import relay_sgd
+from lightning_dopt.plans.riemannian import drcgd, riemannian_tracking
 from lightning_dopt.plans.robust_tracking import robust_tracking
 from lightning_dopt.plans.single_merge import single_merge
 from lightning_dopt.plans.weighted_gossip import weighted_gossip
@@ -44,4 +45,6 @@ __all__ = [  # noqa: RUF022  (by family)
     "dfedsam",
     "dprox_sgt",
     "robust_tracking",
+    "drcgd",
+    "riemannian_tracking",
 ]
