@@ -309,4 +309,6 @@ def test_matches_that_are_no_matrices_are_refused() -> None:
 
 def test_the_published_names_are_these_configurations() -> None:
     assert plans.drcgd("w", rounds=2) == drcgd(2)
-    assert plans.riemannian_tracking("w") == tracking()
+    assert plans.riemannian_tracking("w").syncs[0] == tracking().syncs[0]
+    assert plans.riemannian_tracking("w").corrections == tracking().corrections
+    assert plans.riemannian_tracking("w").syncs[1].apply == Blocking("awc")

@@ -26,8 +26,8 @@ def drcgd(match: str = "*", topology: Topology | None = None, rounds: int = 1) -
     Raises:
         ValueError: an option out of range.
 
-    Source: Chen, Ye, Liu, Dai, "Decentralized Riemannian Conjugate Gradient Method on the Stiefel Manifold", arXiv
-    2308.10547.
+    Source: Chen, Ye, Liu, Dai, "Decentralized Riemannian Conjugate Gradient Method on the Stiefel Manifold",
+    arXiv 2308.10547.
     """
     check_int("drcgd", "rounds", rounds, 1)
     peers, combine = topology or Ring(), Mixing() if rounds == 1 else Repeated(rounds)
@@ -43,8 +43,8 @@ def riemannian_tracking(match: str = "*", topology: Topology | None = None) -> P
         match: As for :func:`drcgd`.
         topology: Doubly stochastic peers; ``None`` means the ring.
 
-    Source: Chen, Garcia, Hong, Shahrampour, "Decentralized Riemannian Gradient Descent on the Stiefel Manifold", arXiv
-    2102.07091.
+    Source: Chen, Garcia, Hong, Shahrampour, "Decentralized Riemannian Gradient Descent on the Stiefel Manifold",
+    arXiv 2102.07091.
     """
     peers = topology or Ring()
     syncs = [Sync(what="gradients", peers=peers), Sync(signal="value", peers=peers, apply=Blocking("awc"))]
