@@ -27,7 +27,6 @@ Measured on a machine of 2 cores that six other jobs used as well, 23 s (one run
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -47,6 +46,7 @@ from lightning_dopt.comm import Pending
 from lightning_dopt.engine import Engine
 from lightning_dopt.forecast import forecast
 from lightning_dopt.topology import Complete, OnePeerExponential, Ring
+from recipes.options import Options
 from recipes.processes import on_ranks
 
 PLANS: dict[str, Plan] = {
@@ -195,7 +195,7 @@ def table(found: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> list[Row]:
     """Measure all sizes, check and print."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.gossip_scaling", description=(__doc__ or "").split("\n")[0])
+    p = Options(prog="python -m benchmarks.gossip_scaling", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16])
     p.add_argument("--elements", type=int, default=250_000, help="float32 numbers in the buffer")
     p.add_argument("--steps", type=int, default=20, help="per arm and round")

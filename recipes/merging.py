@@ -38,6 +38,7 @@ from torch.nn import functional
 from lightning_dopt import Plan, Simulation, Sync, plans
 from lightning_dopt.data.partition import dirichlet
 from lightning_dopt.simulate import Replica
+from recipes.options import Options
 from recipes.vision.files import digits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,7 +205,7 @@ def plot(curves: list[Curve], path: Path) -> Path:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options; a bad value ends here in one line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.merging", description=(__doc__ or "").split("\n")[0])
+    parser = Options(prog="python -m recipes.merging", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=0.1, help="of the Dirichlet partition")

@@ -67,7 +67,8 @@ def test_merging_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_merging_refuses_in_one_line(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         merging.parse([option])
-    assert option.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert option.split("=")[0] in said
 
 
 # ---------------------------------------------------------------------- unlike data
@@ -131,7 +132,7 @@ def test_the_last_measurement_is_at_the_end() -> None:
 def test_heterogeneity_refuses_in_one_line(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         heterogeneity.parse([option])
-    said = capsys.readouterr().err.splitlines()[-1]
+    (said,) = capsys.readouterr().err.splitlines()
     assert option.split("=")[0].strip("-").replace("-", "_") in said.replace("-", "_")
 
 
