@@ -296,9 +296,18 @@ class Channel:
         return {f"{kind}.{k}": t for kind, state in kinds.items() for k, t in state.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from saved state."""
+        """Continue from saved state.
+
+        Raises:
+            ValueError: it is of a run in which links could fail or rest, or the other way round.
+        """
         for name, saved in tensors.items():
             kind, _, k = name.partition(".")
+            if kind == "memory" and isinstance(self.memory, Difference) and self.by_edge == (k in self.memory.keys):
+                raise ValueError(
+                    f"sync '{self.label}': the checkpoint's copies of neighbours are from a run with another on_lost_peer or "
+                    "patience; resume with the same"
+                )
             if kind == "codec" or self.by_edge:  # these come into being with the first messages
                 state = self.codec_state if kind == "codec" else self.memory_state
                 state[k] = saved.to(self.lane.live.device, copy=True)

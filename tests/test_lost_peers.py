@@ -560,3 +560,16 @@ def test_launchers_that_kill_all_are_warned_of(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.warns(UserWarning, match="torchrun ends all processes"):
         warn_of_launcher(False)
+
+
+def test_copies_of_neighbours_are_not_mixed_up() -> None:
+    plan = Plan([Sync(peers=Ring(), codec=Difference(TopK(0.5), 0.4))])
+    kinds = [still(plan, 4).run(3), still(plan, 4, on_lost_peer="continue").run(3)]
+    for one, other in (kinds, kinds[::-1]):
+        saved = one.engines[0].state_dict()
+        with pytest.raises(ValueError, match="sync 'parameters': the checkpoint's copies of neighbours are from a run"):
+            other.engines[0].load_state_dict(saved)
+        again = still(plan, 4, on_lost_peer="continue" if one is kinds[1] else "end")
+        again.engines[0].load_state_dict(saved)
+        for name, tensor in one.engines[0].runners[0].lanes[0].channel.tensors().items():
+            assert torch.equal(again.engines[0].runners[0].lanes[0].channel.tensors()[name], tensor)

@@ -199,7 +199,7 @@ class ProcessGroupWorld(World):
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            late = re.search("timed out|timeout", str(error), re.IGNORECASE)
+            late = re.search("timed out|timeout", _said(error), re.IGNORECASE)
             if self.links is None or not self.links.goes_on or late:
                 raise self.gave_up(label, step, f"rank(s) {j}", time.perf_counter() - start, error) from error
             self.links.lose(j, step, _said(error))
