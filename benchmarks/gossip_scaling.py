@@ -12,7 +12,7 @@ plain ``torch.distributed.all_reduce`` beside them, in turns. For every number o
 Where ranks outnumber cores, wall time grows with the number of ranks whatever they do; then only the other columns tell
 how a method scales. One-peer gossip must send one message per step at any size, or the benchmark fails.
 
-Measured on a machine of 2 cores that six other jobs used as well, 23 s (one run; the sizes between left out)::
+Measured on a machine of 2 cores that others used as well (load 11), 23 s (one run; the sizes between left out)::
 
     arm                    ranks  messages      MB   wall ms     x4  /torch   cpu ms     x4   link ms     x4
     one-peer exponential       4      1.00    1.00      2.18   1.00    0.42     1.11   1.00      81.0   1.00

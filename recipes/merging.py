@@ -8,7 +8,7 @@ workers have on their own, and the one that their average *would* have at that m
 
 It runs on the engine that trains models, all workers in one process, three seeds side by side.
 
-Measured on a machine of 2 cores that six other jobs used as well, 155 s (one run; means over three seeds, lowest and
+Measured on a machine of 2 cores that others used as well (load 7), 155 s (one run; means over three seeds, lowest and
 highest of the merged models)::
 
     schedule             local  merged   lowest  highest   sent per worker

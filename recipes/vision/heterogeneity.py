@@ -7,7 +7,7 @@ Ends with a table and pictures of accuracy against steps and against bytes under
 
 Data: scikit-learn's digits, or the files of Fashion-MNIST or CIFAR-10 in a folder that ``--data`` names.
 
-Measured on a machine of 2 cores that six other jobs used as well: 7 min, of which 8 processor minutes are this recipe's
+Measured on a machine of 2 cores that others used as well (load 8 to 27): 7 min, with 8 processor minutes of this recipe's
 own, so 4 to 5 min on 2 idle cores (one run; accuracy of the workers' own models and of their mean)::
 
     method                 local  merged  test loss  distance   sent per worker
