@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dopt._part import Part
 from lightning_dopt.comm.world import Talk
+from lightning_dopt.compress import Identity
 from lightning_dopt.topology.base import Topology
 
 if TYPE_CHECKING:
@@ -89,6 +90,21 @@ class WeightedSum(Combine):
         """See :class:`Combine`."""
         for weight, decode in messages:
             decode(out, weight)
+
+
+def check_plain(rule: Combine, sync: Sync) -> None:
+    """Refuse what rules that send more than the message cannot do.
+
+    Raises:
+        ValueError: a lossy codec, another slot than parameters, changes, an outer optimizer, or an order other than
+            ``"atc"``.
+    """
+    if not isinstance(sync.codec, Identity):
+        raise ValueError(f"Sync(codec={sync.codec!r}, combine={rule!r}): needs exact messages, use Identity()")
+    if sync.what.slot != "parameters" or sync.signal != "value" or sync.outer is not None:
+        raise ValueError(f"Sync(combine={rule!r}): is for parameters by value without outer")
+    if sync.apply.delay or getattr(sync.apply, "order", "atc") != "atc":
+        raise ValueError(f"Sync(apply={sync.apply!r}, combine={rule!r}): use apply=Blocking(order='atc')")
 
 
 def number(value: float, like: Tensor) -> Tensor:

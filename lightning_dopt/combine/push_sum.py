@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_dopt.combine.base import WeightedSum, Wire, number
+from lightning_dopt.combine.base import WeightedSum, Wire, check_plain, number
 from lightning_dopt.comm.world import Talk
-from lightning_dopt.compress import Identity
 from lightning_dopt.topology.base import Topology
 
 if TYPE_CHECKING:
@@ -41,12 +40,7 @@ class PushSum(WeightedSum):
 
     def check(self, sync: Sync) -> None:
         """See :meth:`Combine.check`."""
-        if not isinstance(sync.codec, Identity):
-            raise ValueError(f"Sync(codec={sync.codec!r}, combine=PushSum()): needs exact messages, use Identity()")
-        if sync.what.slot != "parameters" or sync.signal != "value" or sync.outer is not None:
-            raise ValueError("Sync(combine=PushSum()): is for parameters by value without outer")
-        if sync.apply.delay or getattr(sync.apply, "order", "atc") != "atc":
-            raise ValueError(f"Sync(apply={sync.apply!r}, combine=PushSum()): use apply=Blocking(order='atc')")
+        check_plain(self, sync)
 
     def check_size(self, sync: Sync, n: int) -> None:
         """See :meth:`Combine.check_size`."""

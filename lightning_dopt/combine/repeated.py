@@ -19,7 +19,24 @@ if TYPE_CHECKING:
     from lightning_dopt.plan import Sync
 
 
-class Repeated(WeightedSum):
+class _Several(WeightedSum):
+    """``rounds`` exchanges in a row; where one is exact, one."""
+
+    rounds: int
+
+    def exchanges(self, peers: Topology, n: int) -> int:
+        """See :meth:`Combine.exchanges`."""
+        return 1 if peers.is_mean(n) else self.rounds
+
+    def check(self, sync: Sync) -> None:
+        """See :meth:`Combine.check`."""
+        if sync.signal != "value":
+            raise ValueError(
+                f"Sync(signal={sync.signal!r}, combine={self!r}): repeated exchanges mix values, use signal='value'"
+            )
+
+
+class Repeated(_Several):
     """Multi-gossip: ``rounds`` exchanges in a row, ``x <- W x`` each, so that the consensus rate is ``rho**rounds``.
 
     A lossy codec's memory works in every exchange. Over the complete graph one exchange is exact and is all that is
@@ -37,14 +54,6 @@ class Repeated(WeightedSum):
     def __init__(self, rounds: int) -> None:
         self.rounds = check_int("Repeated", "rounds", rounds, 1)
 
-    def check(self, sync: Sync) -> None:
-        """See :meth:`Combine.check`."""
-        _only_values(self, sync)
-
-    def exchanges(self, peers: Topology, n: int) -> int:
-        """See :meth:`Combine.exchanges`."""
-        return 1 if peers.is_mean(n) else self.rounds
-
     def talk(self, wire: Wire, value: Tensor, state: dict[str, Tensor]) -> Talk[Tensor]:
         """See :meth:`Combine.talk`."""
         for k in range(self.exchanges(wire.peers, wire.size)):
@@ -52,7 +61,7 @@ class Repeated(WeightedSum):
         return value
 
 
-class Chebyshev(WeightedSum):
+class Chebyshev(_Several):
     """Accelerated gossip on a fixed graph: the Chebyshev polynomial of ``W`` that contracts most in ``rounds`` exchanges.
 
     ``y_0 = x``, ``y_1 = W x``, ``y_{k+1} = 2 c_k / (rho c_{k+1}) W y_k - c_{k-1} / c_{k+1} y_{k-1}`` with
@@ -77,7 +86,7 @@ class Chebyshev(WeightedSum):
 
     def check(self, sync: Sync) -> None:
         """See :meth:`Combine.check`."""
-        _only_values(self, sync)
+        super().check(sync)
         _only_exact(self, sync)
 
     def check_size(self, sync: Sync, n: int) -> None:
@@ -95,10 +104,6 @@ class Chebyshev(WeightedSum):
                 "(an eigenvalue is -1); use Lazy(...)"
             )
 
-    def exchanges(self, peers: Topology, n: int) -> int:
-        """See :meth:`Combine.exchanges`."""
-        return 1 if peers.is_mean(n) else self.rounds
-
     def talk(self, wire: Wire, value: Tensor, state: dict[str, Tensor]) -> Talk[Tensor]:
         """See :meth:`Combine.talk`."""
         if wire.peers.is_mean(wire.size):
@@ -114,7 +119,7 @@ class Chebyshev(WeightedSum):
         return y
 
 
-class MomentumGossip(WeightedSum):
+class MomentumGossip(_Several):
     """Accelerated gossip that tolerates a slowly changing graph: Nesterov's method on the disagreement.
 
     ``y = x + q (x - x_previous)``, ``x <- y - (y - W y) / s`` in every exchange, ``s = 1 - lambda_min(W)``,
@@ -142,7 +147,7 @@ class MomentumGossip(WeightedSum):
 
     def check(self, sync: Sync) -> None:
         """See :meth:`Combine.check`."""
-        _only_values(self, sync)
+        super().check(sync)
         _only_exact(self, sync)
 
     def check_size(self, sync: Sync, n: int) -> None:
@@ -161,10 +166,6 @@ class MomentumGossip(WeightedSum):
                 f"Sync(peers={sync.peers!r}, combine=MomentumGossip(chi=None)): no round by itself connects all {n} ranks, or "
                 "rounds never repeat; give the condition number chi of the skeleton, or use combine=Repeated(...)"
             )
-
-    def exchanges(self, peers: Topology, n: int) -> int:
-        """See :meth:`Combine.exchanges`."""
-        return 1 if peers.is_mean(n) else self.rounds
 
     def talk(self, wire: Wire, value: Tensor, state: dict[str, Tensor]) -> Talk[Tensor]:
         """See :meth:`Combine.talk`."""
@@ -193,13 +194,6 @@ def _condition(peers: Topology, n: int, chi: float | None) -> tuple[float, float
     spectra = [torch.linalg.eigvalsh(peers.matrix(n, t)) for t in range(period)]
     spread = 1.0 - min(float(s[0]) for s in spectra)
     return spread, chi if chi is not None else spread / (1.0 - max(float(s[-2]) for s in spectra))
-
-
-def _only_values(rule: WeightedSum, sync: Sync) -> None:
-    if sync.signal != "value":
-        raise ValueError(
-            f"Sync(signal={sync.signal!r}, combine={rule!r}): repeated exchanges mix values, use signal='value'"
-        )
 
 
 def _only_exact(rule: WeightedSum, sync: Sync) -> None:

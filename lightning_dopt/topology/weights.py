@@ -116,7 +116,37 @@ def _solved(graph: UndirectedGraph, n: int) -> tuple[dict[int, float], ...]:
     return tuple(_completed(row, rank) for rank, row in enumerate(rows))
 
 
-class Lazy(Topology):
+class _Around(Topology):
+    """Another topology with other weights: same links, same rounds."""
+
+    topology: Topology
+
+    def check(self, n: int) -> None:
+        """Raise ``ValueError`` if the inner topology does not exist for ``n`` workers."""
+        self.topology.check(n)
+
+    def period(self, n: int) -> int | None:
+        """The period of the inner topology."""
+        return self.topology.period(n)
+
+    def neighbors(self, n: int, rank: int, step: int = 0) -> list[int]:
+        """The neighbours in the inner topology."""
+        return self.topology.neighbors(n, rank, step)
+
+    def receivers(self, n: int, rank: int, step: int = 0) -> list[int]:
+        """The receivers in the inner topology."""
+        return self.topology.receivers(n, rank, step)
+
+    def max_degree(self, n: int) -> int:
+        """The largest degree of the inner topology."""
+        return self.topology.max_degree(n)
+
+    def doubly_stochastic(self, n: int) -> bool:
+        """Whether the inner matrices are doubly stochastic."""
+        return self.topology.doubly_stochastic(n)
+
+
+class Lazy(_Around):
     """The lazy version of another topology: ``(I + W) / 2`` in every round.
 
     Same links, same stationary weights; every eigenvalue ``mu`` of a round becomes ``(1 + mu) / 2``. For a symmetric
@@ -135,31 +165,11 @@ class Lazy(Topology):
         self.topology = topology
         self.directed = topology.directed
 
-    def check(self, n: int) -> None:
-        """Raise ``ValueError`` if the inner topology does not exist for ``n`` workers."""
-        self.topology.check(n)
-
-    def period(self, n: int) -> int | None:
-        """The period of the inner topology."""
-        return self.topology.period(n)
-
     def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
         """Half of the inner row, and one half more for ``rank`` itself."""
         row = {j: weight / 2 for j, weight in self.topology.row(n, rank, step).items()}
         row[rank] = row.get(rank, 0.0) + 0.5
         return row
-
-    def neighbors(self, n: int, rank: int, step: int = 0) -> list[int]:
-        """The neighbours in the inner topology."""
-        return self.topology.neighbors(n, rank, step)
-
-    def receivers(self, n: int, rank: int, step: int = 0) -> list[int]:
-        """The receivers in the inner topology."""
-        return self.topology.receivers(n, rank, step)
-
-    def max_degree(self, n: int) -> int:
-        """The largest degree of the inner topology."""
-        return self.topology.max_degree(n)
 
     def is_tree(self, n: int) -> bool:
         """Whether the inner graph is a tree."""
@@ -177,10 +187,6 @@ class Lazy(Topology):
         """The stationary weights of the inner topology."""
         return self.topology.stationary(n)
 
-    def doubly_stochastic(self, n: int) -> bool:
-        """Whether the inner matrices are doubly stochastic."""
-        return self.topology.doubly_stochastic(n)
-
     def row_stochastic(self, n: int) -> bool:
         """Whether the rows of the inner matrices sum to one."""
         return self.topology.row_stochastic(n)
@@ -190,7 +196,7 @@ class Lazy(Topology):
         return self.topology.column_stochastic(n)
 
 
-class RowNormalised(Topology):
+class RowNormalised(_Around):
     """Another topology whose rows are divided by their sums, for tensors that push-sum does not carry (statistics).
 
     Args:
@@ -201,28 +207,8 @@ class RowNormalised(Topology):
         self.topology = topology
         self.directed = topology.directed
 
-    def check(self, n: int) -> None:
-        """Raise ``ValueError`` if the inner topology does not exist for ``n`` workers."""
-        self.topology.check(n)
-
-    def period(self, n: int) -> int | None:
-        """The period of the inner topology."""
-        return self.topology.period(n)
-
     def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
         """The inner row, divided by its sum."""
         row = self.topology.row(n, rank, step)
         total = math.fsum(row.values())
         return {j: weight / total for j, weight in row.items()}
-
-    def receivers(self, n: int, rank: int, step: int = 0) -> list[int]:
-        """The receivers in the inner topology."""
-        return self.topology.receivers(n, rank, step)
-
-    def max_degree(self, n: int) -> int:
-        """The largest degree of the inner topology."""
-        return self.topology.max_degree(n)
-
-    def doubly_stochastic(self, n: int) -> bool:
-        """Only where the inner topology is."""
-        return self.topology.doubly_stochastic(n)
