@@ -315,7 +315,7 @@ class _SizedLane(LaneRunner):
         used = {
             "anchors": _size(self.anchor),
             "outer optimizer": self._outer_state(),
-            "codec memory": _size(self.channel.tensors()),
+            "codec memory": _size(self.channel.tensors()) + self._copies_by_edge(),
         }
         copies = 0 if self._in_place else 1  # the message itself
         copies += self.sync.apply.merge.needs_sent or bool(self.corrections)
@@ -323,6 +323,19 @@ class _SizedLane(LaneRunner):
         flights = 2 if isinstance(self.sync.apply, OneRound) else 1
         used["in flight"] = flights * copies * self.lane.numel * self.lane.message_dtype.itemsize
         return used
+
+    def _copies_by_edge(self) -> int:
+        """Public copies over a changing graph: two for every rank that the busiest rank ever meets."""
+        if not self.channel.by_edge:
+            return 0
+        n, peers = self.world.size, self.sync.peers
+        period = peers.period(n)
+        meets = [n - 1] * 2 if period is None else [0, 0]
+        for rank in range(n if period is not None else 0):
+            for k, met in enumerate((peers.receivers, peers.neighbors)):
+                ranks = {j for t in range(period or 0) for j in met(n, rank, t)}
+                meets[k] = max(meets[k], len(ranks))
+        return sum(meets) * self.lane.numel * self.lane.message_dtype.itemsize
 
     def _outer_state(self) -> int:
         if self.optimizer is None:

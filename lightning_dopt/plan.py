@@ -26,6 +26,7 @@ from lightning_dopt.what import What, what_of
 
 Signal = Literal["value", "delta"]
 T = TypeVar("T")
+_MANY = 8  # workers, from which on copies of all others are worth a warning
 
 
 class Sync(Part):
@@ -167,6 +168,12 @@ class Plan(Part):
                 raise ValueError(
                     f"Sync(codec={sync.codec!r}, peers={sync.peers!r}): {type(sync.codec).__name__} needs a graph that does not "
                     "change; use Ring() or another static topology"
+                )
+            if isinstance(sync.codec, Difference) and sync.peers.period(n) is None and n > _MANY:
+                warnings.warn(
+                    f"Sync(codec={sync.codec!r}, peers={sync.peers!r}): keeps two copies of the parameters for every other of the "
+                    f"{n} workers; OnePeerExponential() meets few, DeepSqueeze(...) keeps one vector",
+                    stacklevel=3,
                 )
             _warn_of_momentum(sync, n)
             if sync.what.slot == "gradients" and not mean and not mixes_parameters:

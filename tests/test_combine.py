@@ -16,6 +16,7 @@ from lightning_dopt.combine import Chebyshev, Combine, Mixing, MomentumGossip, P
 from lightning_dopt.comm import SimulatedWorld
 from lightning_dopt.comm.simulated import lockstep
 from lightning_dopt.engine import Engine
+from lightning_dopt.forecast import forecast
 from lightning_dopt.topology import (
     Chain,
     Complete,
@@ -296,3 +297,18 @@ def test_buffers_beside_push_sum_are_averaged_not_scaled() -> None:
             lockstep([e.after_step() for e in engines])
     for b in buffers:
         torch.testing.assert_close(b, torch.full((3,), 7.0))
+
+
+def test_copies_by_edge_are_forecast_and_warned_of() -> None:
+    shapes = {"x": (1000,)}
+
+    def copies(peers: Topology, n: int) -> float:
+        return forecast(plans.gossip(peers, Int8()), n, shapes, steps=4).memory["codec memory"] / 4000
+
+    assert copies(OnePeerExponential(), 16) == 8  # four ranks to send to, four to hear
+    assert copies(OnePeerHypercube(), 8) == 6
+    assert copies(Ring(), 16) == 2
+    with pytest.warns(UserWarning, match="two copies of the parameters for every other of the 16 workers"):
+        assert copies(RandomPairs(), 16) == 30
+    sim = mixing(plans.gossip(OnePeerExponential(), Int8()), 16, noise(16), 8)
+    assert len(sim.engines[0].runners[0].lanes[0].channel.memory_state) == 8
