@@ -476,15 +476,18 @@ def by_hand(rank: int, n: int, port: int) -> dict[str, str]:
     return {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def fit(module: Troubled, folder: Path, n: int = 3) -> Callable[[int], None]:
-    """Three epochs of eight steps with validation, early stopping and a checkpoint each; says how it ended."""
+def fit(
+    module: Regressor, folder: Path, n: int = 3, epochs: int = 3, resume: Path | None = None
+) -> Callable[[int], None]:
+    """Epochs of eight steps with validation, early stopping and a checkpoint each; says how it ended."""
 
     def job(rank: int) -> None:
         strategy = GossipStrategy(Ring(), timeout=timedelta(seconds=60), on_lost_peer="continue")
         kept = ModelCheckpoint(folder, monitor="val_loss", save_top_k=-1, save_last=True)
         calls = [kept, EarlyStopping("val_loss", patience=9)]
-        fitter = trainer(strategy, 1, num_nodes=n, max_epochs=3, callbacks=calls)
-        fitter.fit(module, regression(32 * n), regression(8 * n))
+        fitter = trainer(strategy, 1, num_nodes=n, max_epochs=epochs, callbacks=calls)
+        warnings.showwarning = lambda message, *_: say(str(message))
+        fitter.fit(module, regression(32 * n), regression(8 * n), ckpt_path=resume)
         logged = {k: float(v) for k, v in fitter.callback_metrics.items()}
         assert strategy.world is not None
         ended = {
@@ -526,6 +529,20 @@ def test_a_fit_goes_on(tmp_path: Path, what: Callable[[], None], where: str, ste
     module.load_state_dict(last["state_dict"])
     torch.testing.assert_close(flat(module).tolist(), said[0]["weights"], rtol=1e-6, atol=1e-7)
     assert Path(said[0]["best"]).exists()
+
+
+@pytest.mark.trainer
+def test_the_next_run_starts_from_the_survivors(tmp_path: Path) -> None:
+    with Processes(fit(Troubled(die, 2, 5), tmp_path, epochs=1), 3, environment=by_hand) as processes:
+        assert [e.code for _, e in sorted(processes.join(60).items())] == [0, 0, -signal.SIGKILL]
+    again = fit(Regressor(), tmp_path, epochs=2, resume=tmp_path / "last.ckpt")
+    with Processes(again, 3, environment=by_hand) as processes:
+        ended = processes.join(60)
+    assert "replicas of rank(s) 2 are missing" in ended[0].text
+    for rank in range(3):
+        assert ended[rank].code == 0, ended[rank].text
+        said = json.loads(next(t for t in ended[rank].text.splitlines() if t.startswith("{")))
+        assert (said["steps"], said["lost"], said["skipped"]) == (16, [[], 0.0], 0.0)
 
 
 @pytest.mark.trainer
