@@ -91,17 +91,28 @@ def tiles(d: int, block: int, device: torch.device) -> Iterator[tuple[int, int, 
         yield whole, d, d - whole
 
 
-def add_scaled(flat: Tensor, codes: Tensor, scales: Tensor, block: int, weight: float) -> None:
-    """``flat += weight * scale of the block * code`` for int8 ``codes``, in at least float32."""
+def add_scaled(
+    flat: Tensor, codes: Tensor, scales: Tensor, block: int, weight: float, table: Tensor | None = None
+) -> None:
+    """``flat += weight * scale of the block * code``, in at least float32.
+
+    The codes are numbers of any type, or with a ``table`` of an odd number of values what stands ``code`` places from
+    its middle.
+    """
     dtype = torch.promote_types(flat.dtype, torch.float32)
     factors = scales.to(dtype) * weight
     scratch = torch.empty(0, dtype=dtype, device=flat.device)
     row = 0
     for first, last, width in tiles(flat.numel(), block, flat.device):
         rows = (last - first) // width
-        values = scratch.resize_(last - first).copy_(codes[first:last]).view(rows, width)
-        values.mul_(factors[row : row + rows, None])
-        flat[first:last].add_(values.view(-1))
+        values = scratch.resize_(last - first)
+        if table is None:
+            values.copy_(codes[first:last])
+        else:
+            places = codes[first:last].to(torch.int32).add_(table.numel() // 2)
+            torch.index_select(table.to(dtype), 0, places, out=values)
+        values.view(rows, width).mul_(factors[row : row + rows, None])
+        flat[first:last].add_(values)
         row += rows
 
 

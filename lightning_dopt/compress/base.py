@@ -74,6 +74,14 @@ class Compressor(Codec):
         """Smallest known ``omega`` with ``E C(x) = x`` and ``E||C(x) - x||^2 <= omega ||x||^2``, ``None`` if biased."""
         return None
 
+    def values_at(self, shape: Shape) -> tuple[int, int] | None:
+        """Where the message holds float32 values that may be packed further (:class:`Chain`): first byte and count.
+
+        Only of compressors that set the other coefficients of an orthonormal basis to zero, so that an error in these
+        values is the error of the whole; ``None`` for all others.
+        """
+        return None
+
     def rounds(self, x: Tensor, state: dict[str, Tensor], seed: int, size: int) -> Rounds:
         """For linear compressors: compute the compressed mean over ``size`` ranks by summing dense tensors.
 

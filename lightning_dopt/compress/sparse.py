@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dopt._checks import check_float
+from lightning_dopt.compress._codes import check_below, pack_positions, unpack_positions
 from lightning_dopt.compress._wire import TILE, FlatCompressor, as_bytes, section
 from lightning_dopt.compress.base import Rounds, Shape, numel
 
@@ -37,7 +38,7 @@ class TopK(_Sparse):
         ratio: share of the elements to send, in (0, 1]; ``k`` is ``ratio * d`` rounded half up, at least 1.
 
     Raises:
-        ValueError: ``ratio`` outside (0, 1].
+        ValueError: ``ratio`` outside (0, 1]; in decoding, a position outside the tensor.
     """
 
     def payload_bytes(self, shape: Shape) -> int:
@@ -52,15 +53,19 @@ class TopK(_Sparse):
         """Values, then positions."""
         index = largest(flat, self.kept(flat.shape))
         width = _index_bytes(flat.numel())
-        return torch.cat([as_bytes(flat[index]), index.view(-1, 1).view(torch.uint8)[:, :width].reshape(-1)])
+        return torch.cat([as_bytes(flat[index]), pack_positions(index, 8 * width)])
+
+    def values_at(self, shape: Shape) -> tuple[int, int]:
+        """``k`` values from the first byte on."""
+        return 0, self.kept(shape)
 
     def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
         """Add the values at their positions (no two are equal, so the result does not depend on any order)."""
         k, width = self.kept(flat.shape), _index_bytes(flat.numel())
         values = section(payload, 0, k, torch.float32)
-        index = torch.zeros(k, 8, dtype=torch.uint8, device=payload.device)
-        index[:, :width] = payload[4 * k :].view(k, width)
-        flat.index_add_(0, index.view(torch.int64).view(-1), values.to(flat.dtype), alpha=weight)
+        index = unpack_positions(payload[4 * k :], k, 8 * width)
+        check_below(self, index, flat.numel())
+        flat.index_add_(0, index, values.to(flat.dtype), alpha=weight)
 
 
 class RandK(_Sparse):
@@ -135,7 +140,7 @@ def comb(d: int, k: int, phase: int, device: torch.device | str = "cpu") -> Tens
 
 
 def largest(flat: Tensor, k: int) -> Tensor:
-    """Positions of the ``k`` largest magnitudes of a vector, in no particular order, int64.
+    """Positions of the ``k`` largest magnitudes of a vector, in no particular order, int64; NaN counts as largest.
 
     On a CPU a selection over millions of elements costs ten times as much as reading them. So a sample first tells a
     threshold that somewhat more than ``k`` elements reach, and the selection runs among those. The result is exact
@@ -147,23 +152,39 @@ def largest(flat: Tensor, k: int) -> Tensor:
         expected = k / d * sample.numel()
         rank = math.ceil(expected + 4 * math.sqrt(expected) + 4)
         if rank <= sample.numel() // 2:
-            threshold = sample.topk(rank, sorted=False).values.min()
-            index = _at_least(flat, threshold)
+            threshold = float(sample.topk(rank, sorted=False).values.min())
+            index = at_least(flat, threshold, rare=20 * k <= d)
             if index.numel() >= k:
                 return index[flat[index].abs_().topk(k, sorted=False).indices]
     return flat.abs().topk(k, sorted=False).indices
 
 
-def _at_least(flat: Tensor, threshold: Tensor) -> Tensor:
-    """Positions where the magnitude is at least ``threshold``."""
-    scratch, mask = torch.empty(TILE), torch.empty(TILE, dtype=torch.bool)
+def at_least(flat: Tensor, threshold: float, rare: bool = False) -> Tensor:
+    """Positions where the magnitude is at least ``threshold``, or is NaN, in no particular order, int64.
+
+    ``rare`` says that they are few: then groups of eight elements are looked at before single ones.
+    """
+    tile = TILE if flat.device.type == "cpu" else max(1, flat.numel())
+    scratch = torch.empty(min(tile, flat.numel()), device=flat.device)
     found = []
-    for first in range(0, flat.numel(), TILE):
-        piece = flat[first : first + TILE]
-        n = piece.numel()
-        torch.ge(torch.abs(piece, out=scratch[:n]), threshold, out=mask[:n])
-        found.append(mask[:n].nonzero().view(-1).add_(first))
-    return torch.cat(found)
+    for first in range(0, flat.numel(), tile):
+        piece = flat[first : first + tile]
+        magnitudes = torch.abs(piece, out=scratch[: piece.numel()])
+        pick = _reach_rare if rare and piece.numel() % 8 == 0 else _reach
+        found.append(pick(magnitudes, threshold).add_(first))
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=flat.device)
+
+
+def _reach(magnitudes: Tensor, threshold: float) -> Tensor:
+    return (magnitudes < threshold).logical_not_().nonzero().view(-1)
+
+
+def _reach_rare(magnitudes: Tensor, threshold: float) -> Tensor:
+    # Comparing and compacting every element costs more than the maximum of eight, which is a NaN where one of them is.
+    rows = magnitudes.view(8, -1)
+    groups = _reach(rows.amax(0), threshold)
+    row, column = (rows.index_select(1, groups) < threshold).logical_not_().nonzero().unbind(1)
+    return groups[column].add_(row, alpha=rows.shape[1])
 
 
 def _index_bytes(d: int) -> int:
