@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from pathlib import Path
@@ -9,10 +10,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import lightning_dopt
-from lightning_dopt import Plan, Sync, compress, outer, plans, topology
+from lightning_dopt import Plan, Sync, asynchronous, callbacks, combine, compress, local, outer, plans, topology
+from lightning_dopt.forecast import forecast
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -124,7 +127,8 @@ def test_every_page_is_in_the_menu() -> None:
 def public() -> set[str]:
     top = {k for k, v in vars(lightning_dopt).items() if not k.startswith("_") and not isinstance(v, ModuleType)}
     parts = {k for k, v in vars(outer).items() if isinstance(v, type) and v.__module__ == outer.__name__}
-    return top | parts | set(topology.__all__) | set(compress.__all__) | set(plans.__all__)
+    modules = (topology, compress, plans, combine, local, callbacks, asynchronous)
+    return top | parts | {name for module in modules for name in module.__all__}
 
 
 def test_every_public_name_is_explained() -> None:
@@ -135,3 +139,86 @@ def test_every_public_name_is_explained() -> None:
     words = set(re.findall(r"\w+", " ".join(code)))
     missing = sorted(public() - words - {"annotations"})
     assert not missing, f"no page under docs/ mentions {', '.join(missing)}"
+
+
+# ---------------------------------------------------------------------- choosing.md: the table of all methods
+
+
+def method_rows() -> dict[str, dict[str, str]]:
+    """The table of all methods, by method and column."""
+    part = (DOCS / "choosing.md").read_text().split("## All methods")[1]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"]
+    return {row[0].strip("`"): dict(zip(lines[0], row, strict=True)) for row in lines[2:]}
+
+
+ROWS = method_rows()
+DIGRAPH = [[1, 2], [2], [3], [4, 5], [5, 0], [6], [7], [0]]
+OPTIONS: dict[str, dict[str, Any]] = {"weighted_gossip": {"counts": [1] * 8}}
+each_method = pytest.mark.parametrize("name", plans.__all__)
+
+
+def fits(name: str, topology: Any) -> str:
+    """What a plan says of a topology of eight: ``""`` if it is refused, else ``"yes"``, or ``"warned"``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            getattr(plans, name)(topology=topology, **OPTIONS.get(name, {})).check(8)
+        except ValueError:
+            return ""
+    return "warned" if caught else "yes"
+
+
+def test_the_table_has_all_methods() -> None:
+    assert set(ROWS) == set(plans.__all__)
+
+
+@each_method
+def test_messages_of_the_table(name: str) -> None:
+    plan = getattr(plans, name)(**OPTIONS.get(name, {}))
+    often = [sync for sync in plan if not sync.when.at_end]
+    assert int(ROWS[name]["messages"]) == sum(sync.combine.exchanges(sync.peers, 8) for sync in often)
+
+
+@each_method
+def test_vectors_of_the_table(name: str) -> None:
+    """What lives inside one step only (copies in flight, of gradients) is left out; so are a plan's small numbers."""
+    options = {"topology": topology.Directed(DIGRAPH)} if name in ("sgp", "push_diging") else OPTIONS.get(name, {})
+    memory = forecast(getattr(plans, name)(**options), 8, {"x": (1000, 1000)}, steps=1).memory
+    kept = sum(v for k, v in memory.items() if k not in ("in flight", "gradient copy")) / 4e6
+    said, _, per_neighbour = ROWS[name]["vectors"].partition(" ")
+    kept += {"qg_dsgdm": 3, "dfedsam": 1}.get(name, 0)  # private buffers, overwritten in every step
+    assert int(said) * (2 if per_neighbour else 1) == round(kept)  # of rank 0, the root of a tree
+
+
+@each_method
+def test_exactness_of_the_table(name: str) -> None:
+    def backward(rank: int, parameters: dict[str, torch.Tensor], step: int) -> None:
+        parameters["x"].grad = (rank + 1) * (parameters["x"].detach() - (rank + 1))
+
+    if name in ("drcgd", "riemannian_tracking"):
+        pytest.skip("trains matrices, see test_stiefel.py")
+    plan = getattr(plans, name)(**({"counts": [1] * 4} if name == "weighted_gossip" else {}))
+    momentum = 0.5 if name in ("qg_dsgdm", "dmsgd") else 0.0
+
+    def sgd(ps: list[torch.Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(ps, lr=0.04, momentum=momentum)
+
+    start = torch.zeros(1, dtype=torch.float64)
+    run = lightning_dopt.Simulation(plan, 4, lambda rank: {"x": start.clone()}, backward, sgd).run(500).finish()
+    error = float((run.stacked() - 3).abs().max())
+    if ROWS[name]["exact"] in ("yes", "nearly"):
+        assert error < 1e-3
+    else:
+        assert ROWS[name]["exact"] in ("no", "as `b` fades")
+        assert error > 1e-2
+
+
+@each_method
+def test_graphs_of_the_table(name: str) -> None:
+    row = ROWS[name]
+    if "topology" not in inspect.signature(getattr(plans, name)).parameters:
+        assert (row["changing"], row["directed"]) == ("-", "-")
+        return
+    changing = {"": "no", "yes": "yes", "warned": "low momentum"}[fits(name, topology.RandomPairs())]
+    balanced, push = fits(name, topology.Exponential()), fits(name, topology.Directed(DIGRAPH))
+    assert (row["changing"], row["directed"]) == (changing, "any" if push else "balanced" if balanced else "no")
