@@ -24,9 +24,11 @@ from trainer_tools import Regressor, flat, regression, trainer
 from lightning_dopt import (
     AtEnd,
     DeepSqueeze,
+    Delay,
     Difference,
     Drifted,
     Engine,
+    Every,
     GossipStrategy,
     Int8,
     Link,
@@ -338,6 +340,31 @@ def test_rests_at_random_keep_the_mean(peers: Topology) -> None:
     for step in range(60):
         assert sum(row.count(step) for row in left_out) % 2 == 0  # two ends of every link
     torch.testing.assert_close(mean(simulation, weights), start, rtol=0, atol=1e-12)
+
+
+IN_FLIGHT = {
+    "sent before the step": plans.gossip(Ring(), order="awc"),
+    "combined before the step": plans.gossip(RandomPairs(), order="cta"),
+    "a step late": Plan([Sync(when=Every(2), peers=Ring(), apply=Delay(1))]),
+    "several exchanges": plans.gossip(OnePeerHypercube(), rounds=3),
+    "copies per neighbour": Plan([Sync(peers=RandomPairs(), codec=Difference(TopK(0.5), 0.4))]),
+}
+
+
+@pytest.mark.parametrize("name", IN_FLIGHT)
+def test_slow_and_dead_at_once(name: str) -> None:
+    """While ranks are slow in turn one dies; from then on the mean of the others stays."""
+    simulation = still(IN_FLIGHT[name], 8, on_lost_peer="continue", **PATIENT)
+    start = mean(simulation)
+    early = skips(simulation, 20, {s: {s % 8: 0.5} for s in range(2, 20, 3)})
+    torch.testing.assert_close(mean(simulation), start, rtol=0, atol=1e-12)
+    simulation.kill(5)
+    simulation.run(1)  # what was in flight lands
+    before, apart = mean(simulation), simulation.distance()
+    skips(simulation, 60, {s: {s % 8: 0.5} for s in range(2, 30, 3)})
+    torch.testing.assert_close(mean(simulation), before, rtol=0, atol=1e-12)
+    assert sum(map(len, early)) > 0
+    assert simulation.distance() <= 0.5 * apart + 1e-12
 
 
 def test_gradient_tracking_stays_exact() -> None:
