@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -66,10 +64,8 @@ SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16)
 OWN_LINKS = [[1, 2], [0, 2], [0, 1, 3], [2, 4], [3]]
 OWN_ENTRIES = [[0.5, 0.0, 0.5, 0.0], [0.25, 0.75, 0.0, 0.0], [0.0, 0.1, 0.2, 0.7], [1 / 3, 0.0, 0.0, 2 / 3]]
 PUSH_LINKS = [[1, 2], [2], [3], [4, 0], [0]]
-FILES = Path(tempfile.mkdtemp())
+FILES = Path(__file__).parent / "graphs"
 MATRIX_FILE, GRAPH_FILE = str(FILES / "matrix.json"), str(FILES / "graph.csv")
-Path(MATRIX_FILE).write_text(json.dumps(OWN_ENTRIES))
-Path(GRAPH_FILE).write_text("0,1,0\n1,0,1\n0,1,0\n")
 TOPOLOGIES: list[Topology] = [
     *(by_name(name) for name in names()),
     Ring(hops=2),

@@ -12,7 +12,7 @@ from lightning_dopt.topology.base import Topology
 from lightning_dopt.what import Tracker
 
 
-def drcgd(match: str = "*", topology: Topology | None = None, rounds: int = 1) -> Plan:
+def drcgd(match: str = "*.weight", topology: Topology | None = None, rounds: int = 1) -> Plan:
     """DRCGD: decentralized Riemannian conjugate gradients on the Stiefel manifold.
 
     The inner optimizer should be SGD without momentum; with a constant learning rate it reaches a neighbourhood, with
@@ -36,7 +36,7 @@ def drcgd(match: str = "*", topology: Topology | None = None, rounds: int = 1) -
     return Plan([directions, mix], [Stiefel(match), ConjugateGradient(match)])
 
 
-def riemannian_tracking(match: str = "*", topology: Topology | None = None) -> Plan:
+def riemannian_tracking(match: str = "*.weight", topology: Topology | None = None) -> Plan:
     """Riemannian gradient tracking on the Stiefel manifold: exact under heterogeneous data at a constant learning rate.
 
     Args:
