@@ -69,7 +69,8 @@ REFUSALS = tables(DOCS / "refusals.md")
 
 
 def make(code: str) -> Plan:
-    names = {**vars(topology), **vars(compress), **vars(lightning_dopt)}
+    modules = (topology, compress, combine, local, lightning_dopt)
+    names = {name: value for module in modules for name, value in vars(module).items()}
     made = eval(code, names)
     return made if isinstance(made, Plan) else Plan([made] if isinstance(made, Sync) else [])
 
