@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from lightning_dopt._checks import check_choice, check_float, check_int
@@ -22,24 +18,23 @@ from lightning_dopt.comm import Link, ProcessGroupWorld
 from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.comm.link import LinkClock
 from lightning_dopt.comm.links import REST, OnLostPeer, make_links
-from lightning_dopt.engine import Engine
 from lightning_dopt.lost_peers import check_links
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.strategies import _private, failure, replica_files, start
 from lightning_dopt.strategies.checkpoints import ReplicaCheckpoints
+from lightning_dopt.strategies.collectives import Collectives
 from lightning_dopt.strategies.consensus import ConsensusModel
 from lightning_dopt.strategies.meter import Meter, exact
 from lightning_dopt.strategies.optimizers import OptimizerIndex
 from lightning_dopt.strategies.stop_signal import StopSignal
-from lightning_dopt.strategies.survivors import Survivors, warn_of_launcher
+from lightning_dopt.strategies.survivors import warn_of_launcher
 from lightning_dopt.strategies.two_passes import check_two_passes, second_pass
 from lightning_dopt.strategies.watch import Watch
 
-T = TypeVar("T")
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
-class ReplicaStrategy(DDPStrategy):
+class ReplicaStrategy(Collectives):
     """Trains one replica per process; replicas exchange what the plan says, when it says so.
 
     Automatic and manual optimization, gradient accumulation, clipping, mixed precision, schedulers, compiled modules and
@@ -111,7 +106,7 @@ class ReplicaStrategy(DDPStrategy):
         self.measure_every = check_int(name, "measure_every", measure_every, 0)
         self.link_step_seconds = _seconds(name, link_step_seconds, link)
         make_links(0, 1, on_lost_peer, patience, rest, name)
-        self.on_lost_peer, self.patience, self.rest = on_lost_peer, patience, rest
+        self.patience, self.rest = patience, rest
         check_choice(name, "start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         if timeout <= timedelta(0):
             raise ValueError(f"{name}(timeout={timeout!r}): must be longer than zero")
@@ -125,13 +120,11 @@ class ReplicaStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        self.on_lost_peer = on_lost_peer
         self.link = link
         self.timeout = timeout
-        self.engine: Engine | None = None
-        self.world: ProcessGroupWorld | None = None
         self.consensus: ConsensusModel | None = None
         self._meter: Meter | None = None
-        self._watch: Watch | None = None
         self._checkpoints = ReplicaCheckpoints(self)
         self._undo_quiet: Callable[[], None] = _nothing
 
@@ -282,21 +275,6 @@ class ReplicaStrategy(DDPStrategy):
         module = self.lightning_module
         return self.engine is not None and module is not None and module.trainer.state.fn == TrainerFn.FITTING
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether the run goes on without lost peers, so that Lightning's own communication must, too."""
-        return self.on_lost_peer == "continue"
-
-    @property
-    def _survivors(self) -> Survivors | None:
-        return Survivors(self.world) if self.goes_on and self.world is not None else None
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether the run has failed, so that other ranks may be gone."""
-        trainer = getattr(self.lightning_module, "_trainer", None)
-        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
-
     def on_validation_start(self) -> None:
         """Swap the consensus model in."""
         super().on_validation_start()
@@ -370,66 +348,6 @@ class ReplicaStrategy(DDPStrategy):
         return self._checkpoints.resume.wrap(super().process_dataloader(dataloader), self._trainer)
 
     # ------------------------------------------------------------------ failure and end
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks, except in a failed run, where peers may be gone."""
-        if self.interrupted:
-            return
-        if self._survivors is not None:
-            self._survivors.barrier()
-            return
-        with self._answers(f"barrier {args[0]!r}" if args else "barrier"):
-            super().barrier(*args, **kwargs)
-
-    def broadcast(self, obj: T, src: int = 0) -> T:
-        """One rank's object for all."""
-        if self._survivors is not None:
-            return cast(T, self._survivors.broadcast(obj, src))
-        with self._answers("broadcast"):
-            return super().broadcast(obj, src)
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """The mean (or what is asked for) over all ranks, as for ``self.log(..., sync_dist=True)``."""
-        if self._survivors is not None:
-            return self._survivors.reduce(tensor, reduce_op) if isinstance(tensor, Tensor) else tensor
-        with self._answers("reduction of a metric"):
-            return super().reduce(tensor, group, reduce_op)
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Whether all ranks, or any, decided so."""
-        if self._survivors is not None:
-            return self._survivors.any_or_all(decision, all)
-        return super().reduce_boolean_decision(decision, all)
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Every rank's tensor, stacked.
-
-        Raises:
-            ValueError: ``sync_grads`` with ``on_lost_peer="continue"``.
-        """
-        if self._survivors is not None:
-            if sync_grads:
-                raise ValueError("all_gather(sync_grads=True): no gradients with on_lost_peer='continue'; use False")
-            return self._survivors.all_gather(tensor)
-        with self._answers("all_gather"):
-            return super().all_gather(tensor, group, sync_grads)
-
-    def _told_by_zero(self, flag: bool) -> bool:
-        """Rank 0's flag."""
-        if self._survivors is not None:
-            return bool(self._survivors.broadcast(flag, 0))
-        value = torch.tensor([int(flag)], device=self.root_device)
-        with self._answers("broadcast before the step"):
-            dist.broadcast(value, 0)
-        return bool(value.item())
-
-    def _answers(self, where: str) -> AbstractContextManager[None]:
-        """Say who is missing if communication outside the plan fails."""
-        return failure.answers(where, self.global_rank, self._step, self._watch)
-
-    @property
-    def _step(self) -> int:
-        return self.engine.step + 1 if self.engine is not None else 0
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks."""
