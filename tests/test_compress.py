@@ -13,15 +13,20 @@ from torch import Tensor
 
 from lightning_dopt.compress import (
     BF16,
+    E3M0,
+    FP8,
     FP16,
+    QSGD,
     Compressor,
     ErrorFeedback,
     Identity,
     Int4,
     Int8,
     LowRank,
+    Natural,
     RandK,
     Sign,
+    TernGrad,
     TopK,
     by_name,
     names,
@@ -38,6 +43,20 @@ COMPRESSORS: list[Compressor] = [
     Int4(),
     Int4(block=31, stochastic=True),
     Int4(block=1024, stochastic=True),
+    FP8(),
+    FP8("e5m2", block=33),
+    FP8(scale="power"),
+    FP8("e5m2", block=100, scale="power"),
+    E3M0(),
+    E3M0(block=5000),
+    E3M0(block=100, stochastic=True),
+    Natural(),
+    QSGD(1),
+    QSGD(3, block=64),
+    QSGD(7, block=10),
+    QSGD(127),
+    TernGrad(),
+    TernGrad(block=5, clip=2.5),
     Sign(),
     Sign(block=100),
     TopK(0.1),
@@ -46,6 +65,7 @@ COMPRESSORS: list[Compressor] = [
     RandK(0.9),
     LowRank(2),
 ]
+SEEDED = (RandK,)  # the receivers need the seed
 SHAPES = [(1,), (7,), (255,), (256,), (257,), (4097,), (16, 24), (40, 3, 13), ()]
 KINDS = ["gauss", "heavy", "one", "constant", "zero"]
 
@@ -165,15 +185,15 @@ def test_same_seed_same_bytes_and_no_global_random_numbers(c: Compressor) -> Non
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(first, again)
     assert torch.equal(decoded, c.roundtrip(x, 5))
-    random = c.variance((9,)) not in (None, 0.0) or isinstance(c, LowRank)
+    random = c.private or isinstance(c, (*SEEDED, LowRank))
     assert torch.equal(first, other) != random
 
 
 @each()
 def test_private_compressors_decode_without_the_seed(c: Compressor) -> None:
     x = sample("gauss", (500,))
-    assert c.private == ("stochastic=True" in repr(c))
-    if not isinstance(c, RandK):
+    assert c.private == ("stochastic=True" in repr(c) or isinstance(c, (Natural, QSGD, TernGrad)))
+    if not isinstance(c, SEEDED):
         assert torch.equal(c.decode(c.encode(x, 5), x.shape, seed=9), c.roundtrip(x, 5))
 
 

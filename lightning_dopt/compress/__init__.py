@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.dense import BF16, FP16, Identity
+from lightning_dopt.compress.floats import E3M0, FP8, Natural
+from lightning_dopt.compress.levels import QSGD, TernGrad
 from lightning_dopt.compress.lowrank import LowRank
 from lightning_dopt.compress.memory import (
     EF21,
@@ -25,7 +27,9 @@ from lightning_dopt.compress.sparse import RandK, TopK
 
 __all__ = [
     "BF16",
+    "E3M0",
     "EF21",
+    "FP8",
     "FP16",
     "Averaged",
     "Codec",
@@ -42,8 +46,11 @@ __all__ = [
     "LowRank",
     "Memory",
     "MoniQua",
+    "Natural",
+    "QSGD",
     "RandK",
     "Sign",
+    "TernGrad",
     "TopK",
     "as_compressor",
     "by_name",

@@ -19,11 +19,11 @@ from lightning_dopt.compress._wire import (
 )
 from lightning_dopt.compress.base import Shape, numel
 
-_SMALLEST_STEP = 2.0**-126
+SMALLEST_STEP = 2.0**-126
 """Steps are normal float32 numbers, so that a block of zeros or subnormal numbers divides by no zero."""
 
 
-class _Blockwise(FlatCompressor):
+class Blockwise(FlatCompressor):
     """``C(x) = s * code`` with the step ``s = max|x| / L`` of each block and integer codes from ``-L`` to ``L``.
 
     The message is the float32 steps followed by the codes. The largest element of a block arrives exactly (but for
@@ -45,9 +45,7 @@ class _Blockwise(FlatCompressor):
     def __init__(self, block: int, stochastic: bool = False) -> None:
         name = type(self).__name__
         self.block = check_int(name, "block", block, 1)
-        if not isinstance(stochastic, bool):
-            raise ValueError(f"{name}(stochastic={stochastic!r}): must be True or False")
-        self.stochastic = stochastic
+        self.stochastic = check_flag(name, "stochastic", stochastic)
 
     @property
     def private(self) -> bool:  # type: ignore[override]
@@ -70,16 +68,21 @@ class _Blockwise(FlatCompressor):
             return None
         return (math.sqrt(1.0 + self._others(shape) / self._levels**2) - 1.0) / 2.0
 
+    def _steps(self, x: Tensor, step: Tensor, scratch: Tensor) -> None:
+        """Turn ``step``, which holds the largest magnitude of each row of ``x``, into the steps of the rows."""
+        step.div_(self._levels).clamp_(min=SMALLEST_STEP)
+
     def _quantize(self, flat: Tensor, steps: Tensor, codes: Tensor, seed: int) -> None:
         """Fill the ``steps`` (float32, one per block) and the ``codes`` (int8, one per element)."""
         scratch = torch.empty(0, device=flat.device)
-        dither = _Dither(seed, flat.device) if self.stochastic else None
+        dither = Dither(seed, flat.device) if self.stochastic else None
         row = 0
         for first, last, width in tiles(flat.numel(), self.block, flat.device):
             rows = (last - first) // width
             x, step = flat[first:last].view(rows, width), steps[row : row + rows]
             values = scratch.resize_(last - first).view(rows, width)
-            torch.amax(torch.abs(x, out=values), dim=1, out=step).div_(self._levels).clamp_(min=_SMALLEST_STEP)
+            torch.amax(torch.abs(x, out=values), dim=1, out=step)
+            self._steps(x, step, values)
             torch.mul(x, step.reciprocal()[:, None], out=values)
             if dither is None:
                 values.round_()
@@ -90,7 +93,7 @@ class _Blockwise(FlatCompressor):
             row += rows
 
 
-class _Dither:
+class Dither:
     """A stream of uniform numbers from (0, 1), 16 bits each: four to one draw of the generator."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -106,7 +109,18 @@ class _Dither:
         values.add_(noise.add_(2.0**15 + 0.5).mul_(2.0**-16))
 
 
-class Int8(_Blockwise):
+def check_flag(owner: str, name: str, value: bool) -> bool:
+    """Return ``value`` if it is a bool.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}({name}={value!r}): must be True or False")
+    return value
+
+
+class Int8(Blockwise):
     """One byte per element with a float32 scale per ``block`` elements: ``d + 4 ceil(d / block)`` bytes.
 
     Codes from -127 to 127. With the default block an element errs by less than 0.4 % of the largest of its block.
@@ -143,7 +157,7 @@ class Int8(_Blockwise):
         add_scaled(flat, payload[4 * blocks :].view(torch.int8), steps, self.block, weight)
 
 
-class Int4(_Blockwise):
+class Int4(Blockwise):
     """Half a byte per element with a float32 scale per ``block`` elements: ``ceil(d / 2) + 4 ceil(d / block)`` bytes.
 
     Codes from -7 to 7, two to a byte: the first half of the vector in the low nibbles, the second in the high ones.

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.dense import BF16, FP16, Identity
+from lightning_dopt.compress.floats import E3M0, FP8, Natural
+from lightning_dopt.compress.levels import QSGD, TernGrad
 from lightning_dopt.compress.lowrank import LowRank
 from lightning_dopt.compress.memory import (
     EF21,
@@ -29,6 +31,11 @@ _CLASSES: tuple[type[Codec], ...] = (
     FP16,
     Int8,
     Int4,
+    FP8,
+    E3M0,
+    Natural,
+    QSGD,
+    TernGrad,
     Sign,
     TopK,
     RandK,

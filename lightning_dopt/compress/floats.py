@@ -1,0 +1,283 @@
+"""Small floating point numbers: a byte with a mantissa, or powers of two alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_dopt._checks import check_choice, check_int
+from lightning_dopt.compress._wire import (
+    FlatCompressor,
+    add_scaled,
+    block_count,
+    pack_nibbles,
+    section,
+    tiles,
+    unpack_nibbles,
+)
+from lightning_dopt.compress.base import Shape, numel
+from lightning_dopt.compress.quantize import SMALLEST_STEP, Dither, check_flag
+
+_EXPONENT = 0x7F800000
+"""Bits of the exponent in a float32."""
+
+
+class FP8(FlatCompressor):
+    """One byte per element in an 8-bit floating point format, with a scale per ``block`` elements.
+
+    The largest element of a block is scaled to the upper end of the format, where nothing overflows. An element errs by at
+    most 1/17 (``e4m3``) or 1/9 (``e5m2``) of itself, or if it is tiny by half the smallest step, which is ``2^-9 / 448``
+    or ``2^-16 / 57344`` of the largest of its block. So ``e4m3`` beats :class:`Int8` where magnitudes within a block
+    differ much, and loses where they do not. The message is the scales followed by the elements.
+
+    *Bound.* With the relative error ``r``, half the smallest step ``h`` and the largest element ``t`` of a block, all in
+    units of the format, the error of ``b - 1`` tiny elements sums to ``E <= (b - 1) h^2``, of the others to at most
+    ``r^2`` times their energy, which is at least ``t^2``. Then ``(r^2 t^2 + E) / (t^2 + E)`` bounds the ratio.
+
+    Source: Micikevicius et al., "FP8 formats for deep learning", arXiv 2209.05433; powers of two as scales: the OCP
+    microscaling formats, which round them down and saturate instead.
+
+    Args:
+        format: ``"e4m3"`` (4 bits of exponent, 3 of mantissa) or ``"e5m2"``.
+        block: elements that share one scale, in row-major order; at least 1.
+        scale: ``"amax"``: float32, so that the largest element is exact; ``"power"``: the smallest power of two without
+            overflow, one byte, so that what the format can represent is exact.
+
+    Raises:
+        ValueError: an unknown ``format`` or ``scale``, or ``block`` below 1.
+    """
+
+    def __init__(
+        self, format: Literal["e4m3", "e5m2"] = "e4m3", block: int = 256, scale: Literal["amax", "power"] = "amax"
+    ) -> None:
+        self.format = check_choice("FP8", "format", format, ("e4m3", "e5m2"))
+        self.block = check_int("FP8", "block", block, 1)
+        self.scale = check_choice("FP8", "scale", scale, ("amax", "power"))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.format == "e4m3" else torch.float8_e5m2
+
+    @property
+    def _scale_bytes(self) -> int:
+        return 4 if self.scale == "amax" else 1
+
+    def payload_bytes(self, shape: Shape) -> int:
+        """``d + 4 ceil(d / block)``, or ``d + ceil(d / block)`` with powers of two."""
+        return numel(shape) + self._scale_bytes * block_count(shape, self.block)
+
+    def contraction(self, shape: Shape) -> float:
+        """``(1 - r^2) t^2 / (t^2 + E)`` as above: 0.9965 for ``e4m3`` and 0.9877 for ``e5m2`` at any usual block."""
+        relative, half, top = (1 / 17, 2.0**-10, 448.0) if self.format == "e4m3" else (1 / 9, 2.0**-17, 57344.0)
+        energy = (top if self.scale == "amax" else top / 2) ** 2
+        lost = max(0, min(self.block, numel(shape)) - 1) * half**2
+        return (1 - relative**2) * energy / (energy + lost)
+
+    def pack(self, flat: Tensor, seed: int) -> Tensor:
+        """Scales, then elements."""
+        blocks, top = block_count(flat.shape, self.block), torch.finfo(self._dtype).max
+        payload = torch.empty(self.payload_bytes(flat.shape), dtype=torch.uint8, device=flat.device)
+        scales, codes = torch.empty(blocks, device=flat.device), payload[self._scale_bytes * blocks :].view(self._dtype)
+        scratch = torch.empty(0, device=flat.device)
+        row = 0
+        for first, last, width in tiles(flat.numel(), self.block, flat.device):
+            rows = (last - first) // width
+            x, scale = flat[first:last].view(rows, width), scales[row : row + rows]
+            values = scratch.resize_(last - first).view(rows, width)
+            torch.amax(torch.abs(x, out=values), dim=1, out=scale)
+            scale.copy_(self._scales(scale, top))
+            torch.mul(x, scale.reciprocal()[:, None], out=values).clamp_(-top, top)
+            codes[first:last] = values.view(-1)
+            row += rows
+        payload[: self._scale_bytes * blocks] = self._scales_to_bytes(scales)
+        return payload
+
+    def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
+        """Add scale times element."""
+        blocks = block_count(flat.shape, self.block)
+        codes = payload[self._scale_bytes * blocks :].view(self._dtype)
+        if self.scale == "amax":
+            scales = section(payload, 0, blocks, torch.float32)
+        else:
+            scales = _power(payload[:blocks].to(torch.int32) - 127)
+        add_scaled(flat, codes, scales, self.block, weight)
+
+    def _scales(self, largest: Tensor, top: float) -> Tensor:
+        if self.scale == "amax":
+            return largest.div(top).clamp_(min=SMALLEST_STEP)
+        mantissa, exponent = torch.frexp(largest)  # largest = mantissa 2^exponent, mantissa in [1/2, 1)
+        # top = 7/8 of the power of two above it; what lies between takes twice the scale.
+        exponent = exponent - math.frexp(top)[1] + (mantissa > 0.875)
+        return torch.where(largest.isfinite(), _power(exponent.clamp(min=-126)), math.inf)
+
+    def _scales_to_bytes(self, scales: Tensor) -> Tensor:
+        if self.scale == "amax":
+            return scales.view(torch.uint8)
+        return scales.view(torch.int32).bitwise_right_shift(23).to(torch.uint8)
+
+
+class _Powers(FlatCompressor):
+    """Signed powers of two and zero; the code is the sign times the place of the power, counted from 1."""
+
+    stochastic: bool
+
+    def _round(self, values: Tensor, lowest: int, dither: Dither | None) -> Tensor:
+        """Codes of a vector (overwritten) as int32; the power ``2^lowest`` has code 1."""
+        bits = values.view(torch.int32)
+        # The distance between the neighbours among {0, 2^lowest, 2^(lowest + 1), ...} of each element.
+        gap = bits.bitwise_and(_EXPONENT).view(torch.float32).clamp_(min=2.0**lowest)
+        values.div_(gap)
+        if dither is None:
+            values.round_()
+        else:
+            dither.add_to(values)
+            values.floor_()
+        bits = values.mul_(gap).view(torch.int32)
+        place = bits.bitwise_and(_EXPONENT).bitwise_right_shift_(23).sub_(lowest + 126).clamp_(min=0)
+        return place.mul_(bits.bitwise_right_shift(31).bitwise_or_(1))
+
+
+class Natural(_Powers):
+    """Natural compression: each element becomes one of the two powers of two around it, at random: ``d + 1`` bytes.
+
+    The sign and 7 bits for the power, 126 of them down from the largest; the first byte says which. Unbiased, since
+    ``2^e (1 + f)`` is rounded up with probability ``f`` and what is below the lowest power goes to it or to zero.
+    Magnitudes above ``2^127`` become that, and a NaN anywhere makes all of the message NaN.
+
+    Source: Horváth et al., "Natural Compression for Distributed Deep Learning", arXiv 1905.10988, where full range takes
+    9 bits; powers counted from the largest need 8.
+    """
+
+    private = True
+
+    def payload_bytes(self, shape: Shape) -> int:
+        """``d + 1``, none for an empty tensor."""
+        return numel(shape) + 1 if numel(shape) else 0
+
+    def variance(self, shape: Shape) -> float:
+        """1/8, attained at ``f = 1/3``: the variance ``f (1 - f)`` is at most an eighth of ``(1 + f)^2``."""
+        return 1 / 8 if numel(shape) else 0.0
+
+    def contraction(self, shape: Shape) -> float:
+        """``1 - omega = 7/8``."""
+        return 1.0 - self.variance(shape)
+
+    def pack(self, flat: Tensor, seed: int) -> Tensor:
+        """The lowest power, then one signed byte per element."""
+        payload = torch.empty(flat.numel() + 1, dtype=torch.uint8, device=flat.device)
+        low, high = flat.aminmax()
+        largest = float(torch.maximum(-low, high).clamp_(max=2.0**127))
+        if math.isnan(largest):
+            return payload.fill_(255)
+        lowest = max(-126, math.frexp(largest)[1] - 126)
+        payload[0] = lowest + 126
+        codes, dither = payload[1:].view(torch.int8), Dither(seed, flat.device)
+        scratch = torch.empty(0, device=flat.device)
+        for first, last, _ in tiles(flat.numel(), 1, flat.device):
+            values = torch.clamp(flat[first:last], -(2.0**127), 2.0**127, out=scratch.resize_(last - first))
+            codes[first:last] = self._round(values, lowest, dither)
+        return payload
+
+    def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
+        """Add the powers.
+
+        Raises:
+            ValueError: a first byte that no encoder writes.
+        """
+        head = int(payload[0])
+        if head > 128 and head != 255:
+            raise ValueError(f"{self!r}: a message that begins with {head}, where 128 is the largest; damaged")
+        place = torch.arange(1, 128, device=flat.device, dtype=torch.int32)
+        powers = torch.full((127,), math.nan, device=flat.device) if head == 255 else _power(place + (head - 127))
+        scales = torch.ones(block_count(flat.shape, flat.numel()), device=flat.device)
+        add_scaled(flat, payload[1:].view(torch.int8), scales, flat.numel(), weight, _mirrored(powers))
+
+
+class E3M0(_Powers):
+    """Four bits per element, a sign and a power of two, with a float32 scale per ``block`` elements.
+
+    The levels of a block are zero and ``max|x|`` times 1, 1/2, ... 1/64, with both signs; the largest element arrives
+    exactly (but for float32 rounding). Next to :class:`Int4` small elements survive and large ones are coarser. The
+    message is the scales followed by two codes to a byte, the first half of the vector in the low nibbles.
+
+    *Bounds*, with ``m = max|x|`` and ``n = b - 1`` others in a block: to nearest, elements above ``m / 64`` err by at most a
+    third of themselves, the others by at most ``m / 128``: ``max(1/9, n / (n + 128^2))`` of the energy. Stochastic,
+    the variance is at most an eighth of the square above ``m / 64``, and below it as for integers of that step
+    (:class:`Int8`): ``omega = max(1/8, (sqrt(1 + n / 64^2) - 1) / 2)``.
+
+    Args:
+        block: elements that share one scale, in row-major order; at least 1. The default costs 1/32 byte per element.
+        stochastic: round up or down at random so that the mean is exact (unbiased), instead of to nearest.
+
+    Raises:
+        ValueError: ``block`` below 1 or ``stochastic`` not a bool.
+    """
+
+    def __init__(self, block: int = 128, stochastic: bool = False) -> None:
+        self.block = check_int("E3M0", "block", block, 1)
+        self.stochastic = check_flag("E3M0", "stochastic", stochastic)
+
+    @property
+    def private(self) -> bool:  # type: ignore[override]
+        """Stochastic rounding errors must be independent on the ranks, else they do not average out."""
+        return self.stochastic
+
+    def _others(self, shape: Shape) -> int:
+        return max(0, min(self.block, numel(shape)) - 1)
+
+    def payload_bytes(self, shape: Shape) -> int:
+        """``4 ceil(d / block) + ceil(d / 2)``."""
+        return 4 * block_count(shape, self.block) + (numel(shape) + 1) // 2
+
+    def contraction(self, shape: Shape) -> float | None:
+        """To nearest ``min(8/9, 128^2 / (128^2 + b - 1))``; stochastic ``1 - omega`` where that is positive."""
+        omega = self.variance(shape)
+        if omega is None:
+            return min(8 / 9, 2.0**14 / (2.0**14 + self._others(shape)))
+        return 1.0 - omega if omega < 1.0 else None
+
+    def variance(self, shape: Shape) -> float | None:
+        """Stochastic ``omega`` as above (0 where every block is one element); to nearest is biased."""
+        others = self._others(shape)
+        if not self.stochastic or not others:
+            return 0.0 if self.stochastic else None
+        return max(1 / 8, (math.sqrt(1.0 + others / 2.0**12) - 1.0) / 2.0)
+
+    def pack(self, flat: Tensor, seed: int) -> Tensor:
+        """Scales, then nibbles."""
+        blocks = block_count(flat.shape, self.block)
+        payload = torch.empty(self.payload_bytes(flat.shape), dtype=torch.uint8, device=flat.device)
+        scales = section(payload, 0, blocks, torch.float32)
+        codes = torch.empty(flat.numel(), dtype=torch.int8, device=flat.device)
+        scratch, dither = torch.empty(0, device=flat.device), Dither(seed, flat.device) if self.stochastic else None
+        row = 0
+        for first, last, width in tiles(flat.numel(), self.block, flat.device):
+            rows = (last - first) // width
+            x, scale = flat[first:last].view(rows, width), scales[row : row + rows]
+            values = scratch.resize_(last - first).view(rows, width)
+            torch.amax(torch.abs(x, out=values), dim=1, out=scale).clamp_(min=SMALLEST_STEP)
+            torch.mul(x, scale.reciprocal()[:, None], out=values).clamp_(-1.0, 1.0)
+            codes[first:last] = self._round(values.view(-1), -6, dither)
+            row += rows
+        payload[4 * blocks :] = pack_nibbles(codes)
+        return payload
+
+    def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
+        """Add scale times power; the code -8, which is never sent, counts as -7."""
+        blocks = block_count(flat.shape, self.block)
+        codes = unpack_nibbles(payload[4 * blocks :], flat.numel()).clamp_(min=-7)
+        powers = _power(torch.arange(-6, 1, device=flat.device, dtype=torch.int32))
+        add_scaled(flat, codes, section(payload, 0, blocks, torch.float32), self.block, weight, _mirrored(powers))
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """``2^e`` for int32 exponents from -126 to 127, infinity for 128."""
+    return exponent.add(127).bitwise_left_shift_(23).view(torch.float32)
+
+
+def _mirrored(powers: Tensor) -> Tensor:
+    """The values of the codes ``-n .. n``: the negatives in reverse, zero, and the ``n`` powers."""
+    return torch.cat([-powers.flip(0), powers.new_zeros(1), powers])
