@@ -147,7 +147,7 @@ def test_every_public_name_is_explained() -> None:
 
 def method_rows() -> dict[str, dict[str, str]]:
     """The table of all methods, by method and column."""
-    part = (DOCS / "choosing.md").read_text().split("## All methods")[1]
+    part = (DOCS / "choosing.md").read_text().split("## All methods")[1].split("\n## ")[0]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"]
     return {row[0].strip("`"): dict(zip(lines[0], row, strict=True)) for row in lines[2:]}
 
@@ -184,7 +184,7 @@ def test_messages_of_the_table(name: str) -> None:
 def test_vectors_of_the_table(name: str) -> None:
     """What lives inside one step only (copies in flight, of gradients) is left out; so are a plan's small numbers."""
     options = {"topology": topology.Directed(DIGRAPH)} if name in ("sgp", "push_diging") else OPTIONS.get(name, {})
-    memory = forecast(getattr(plans, name)(**options), 8, {"x": (1000, 1000)}, steps=1).memory
+    memory = forecast(getattr(plans, name)(**options), 8, {"x.weight": (1000, 1000)}, steps=1).memory
     kept = sum(v for k, v in memory.items() if k not in ("in flight", "gradient copy")) / 4e6
     said, _, per_neighbour = ROWS[name]["vectors"].partition(" ")
     kept += {"qg_dsgdm": 3, "dfedsam": 1}.get(name, 0)  # private buffers, overwritten in every step
