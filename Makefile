@@ -18,8 +18,11 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP)  ## train a small language model with DiLoCo and with DDP, side by side
 	$(BIN)/python -m recipes.demo
 
+# Whole files go to one of two processes: many start processes of their own, so more would not be faster.
+PARALLEL ?= -n 2 --dist loadfile
+
 test: $(STAMP)  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -48,7 +51,7 @@ wheel: $(STAMP)  ## build the wheel, install it in an environment of its own, im
 oldest: ## the suite on the oldest versions that pyproject.toml claims
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e '.[recipes,report,test]'
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL)
 
 clean:
 	rm -rf $(VENV) .venv-wheel .venv-oldest build dist site runs
