@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from lightning_dopt.compress.base import Codec, Compressor
+from lightning_dopt.compress.chain import Chain
 from lightning_dopt.compress.dense import BF16, FP16, Identity
+from lightning_dopt.compress.fedzip import FedZip
 from lightning_dopt.compress.floats import E3M0, FP8, Natural
 from lightning_dopt.compress.levels import QSGD, TernGrad
 from lightning_dopt.compress.lowrank import LowRank
@@ -23,7 +25,10 @@ from lightning_dopt.compress.noise import GaussianNoise
 from lightning_dopt.compress.quantize import Int4, Int8
 from lightning_dopt.compress.registry import by_name, names
 from lightning_dopt.compress.sign import Sign
+from lightning_dopt.compress.sketch import CountSketch, RandomProjection
 from lightning_dopt.compress.sparse import RandK, TopK
+from lightning_dopt.compress.sparse_blocks import BlockTopK, Threshold
+from lightning_dopt.compress.transform import DCTTopK
 
 __all__ = [
     "BF16",
@@ -31,14 +36,20 @@ __all__ = [
     "EF21",
     "FP8",
     "FP16",
+    "QSGD",
     "Averaged",
+    "BlockTopK",
+    "Chain",
     "Codec",
     "Compressor",
+    "CountSketch",
+    "DCTTopK",
     "DeepSqueeze",
     "Difference",
     "Direct",
     "EControl",
     "ErrorFeedback",
+    "FedZip",
     "GaussianNoise",
     "Identity",
     "Int4",
@@ -47,10 +58,11 @@ __all__ = [
     "Memory",
     "MoniQua",
     "Natural",
-    "QSGD",
     "RandK",
+    "RandomProjection",
     "Sign",
     "TernGrad",
+    "Threshold",
     "TopK",
     "as_compressor",
     "by_name",

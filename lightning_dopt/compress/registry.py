@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable
 
 from lightning_dopt.compress.base import Codec, Compressor
+from lightning_dopt.compress.chain import Chain
 from lightning_dopt.compress.dense import BF16, FP16, Identity
+from lightning_dopt.compress.fedzip import FedZip
 from lightning_dopt.compress.floats import E3M0, FP8, Natural
 from lightning_dopt.compress.levels import QSGD, TernGrad
 from lightning_dopt.compress.lowrank import LowRank
@@ -23,7 +25,10 @@ from lightning_dopt.compress.memory import (
 from lightning_dopt.compress.noise import GaussianNoise
 from lightning_dopt.compress.quantize import Int4, Int8
 from lightning_dopt.compress.sign import Sign
+from lightning_dopt.compress.sketch import CountSketch, RandomProjection
 from lightning_dopt.compress.sparse import RandK, TopK
+from lightning_dopt.compress.sparse_blocks import BlockTopK, Threshold
+from lightning_dopt.compress.transform import DCTTopK
 
 _CLASSES: tuple[type[Codec], ...] = (
     Identity,
@@ -38,8 +43,15 @@ _CLASSES: tuple[type[Codec], ...] = (
     TernGrad,
     Sign,
     TopK,
+    BlockTopK,
+    Threshold,
     RandK,
+    CountSketch,
+    RandomProjection,
     LowRank,
+    DCTTopK,
+    Chain,
+    FedZip,
     GaussianNoise,
     ErrorFeedback,
     EF21,

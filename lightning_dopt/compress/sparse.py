@@ -43,7 +43,7 @@ class TopK(_Sparse):
 
     def payload_bytes(self, shape: Shape) -> int:
         """``(4 + w) k``."""
-        return self.kept(shape) * (4 + _index_bytes(numel(shape)))
+        return self.kept(shape) * (4 + index_bytes(numel(shape)))
 
     def contraction(self, shape: Shape) -> float:
         """``k / d``, attained by equal magnitudes: the ``k`` largest always hold at least their share of the energy."""
@@ -52,7 +52,7 @@ class TopK(_Sparse):
     def pack(self, flat: Tensor, seed: int) -> Tensor:
         """Values, then positions."""
         index = largest(flat, self.kept(flat.shape))
-        width = _index_bytes(flat.numel())
+        width = index_bytes(flat.numel())
         return torch.cat([as_bytes(flat[index]), pack_positions(index, 8 * width)])
 
     def values_at(self, shape: Shape) -> tuple[int, int]:
@@ -61,7 +61,7 @@ class TopK(_Sparse):
 
     def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
         """Add the values at their positions (no two are equal, so the result does not depend on any order)."""
-        k, width = self.kept(flat.shape), _index_bytes(flat.numel())
+        k, width = self.kept(flat.shape), index_bytes(flat.numel())
         values = section(payload, 0, k, torch.float32)
         index = unpack_positions(payload[4 * k :], k, 8 * width)
         check_below(self, index, flat.numel())
@@ -187,6 +187,6 @@ def _reach_rare(magnitudes: Tensor, threshold: float) -> Tensor:
     return groups[column].add_(row, alpha=rows.shape[1])
 
 
-def _index_bytes(d: int) -> int:
+def index_bytes(d: int) -> int:
     """Smallest whole number of bytes that holds every position in ``d`` elements."""
     return max(1, ((d - 1).bit_length() + 7) // 8) if d else 1
