@@ -389,7 +389,7 @@ class _SizedEngine(Engine):
         """Bytes beyond model, gradients and inner optimizer."""
         used = {
             "gradient copy": self._copies,
-            "corrections": sum(_size(correction.state()) for correction in self._bound),
+            "corrections": sum(_size(c.state()) + sum(_size(t) for t in c.scratch()) for c in self._bound),
             "buffer message": _size(self.buffers.lane.live),
         }
         for lane in (lane for runner in self._all_runners() for lane in runner.lanes):

@@ -6,6 +6,7 @@ from lightning_dopt.local.extra import Extra
 from lightning_dopt.local.gradient_tracking import GradientTracking
 from lightning_dopt.local.local_tracking import LocalTracking
 from lightning_dopt.local.loss_weights import LossWeights
+from lightning_dopt.local.mixed_momentum import MixedMomentum
 from lightning_dopt.local.prox import Prox
 from lightning_dopt.local.quasi_global import QuasiGlobalMomentum
 from lightning_dopt.local.robust_tracking import RobustTracking
@@ -23,6 +24,7 @@ __all__ = [
     "GradientTracking",
     "LocalTracking",
     "LossWeights",
+    "MixedMomentum",
     "Prox",
     "QuasiGlobalMomentum",
     "RobustTracking",

@@ -94,6 +94,10 @@ class BoundCorrection:
             steps: Optimizer steps since the last result.
         """
 
+    def scratch(self) -> list[Tensor]:
+        """Work space that no checkpoint needs, for forecasts of memory."""
+        return []
+
     def state(self) -> dict[str, Tensor]:
         """The tensors that belong in a checkpoint, to be overwritten in place on resume."""
         return {}

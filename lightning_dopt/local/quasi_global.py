@@ -69,6 +69,9 @@ class _BoundQuasiGlobal(BoundCorrection):
         self.before = zeros(context.lanes)
         self.first, self.second = zeros(context.lanes), zeros(context.lanes)
 
+    def scratch(self) -> list[Tensor]:
+        return [*self.before, *self.first, *self.second]
+
     def _moment(self, name: str, *keys: str) -> Tensor | None:
         for key in keys:
             try:

@@ -43,6 +43,9 @@ class _BoundSAM(BoundCorrection):
         self.passes = 2 if rho > 0 else 1
         self.before = zeros(context.lanes) if rho > 0 else []
 
+    def scratch(self) -> list[Tensor]:
+        return self.before
+
     def _params(self, names: Collection[str]) -> list[Tensor]:
         return [p for name in names if (p := self.context.parameters[name]).grad is not None]
 

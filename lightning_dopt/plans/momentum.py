@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from lightning_dopt._checks import check_float
-from lightning_dopt.local import QuasiGlobalMomentum
+from lightning_dopt.local import GradientTracking, MixedMomentum, QuasiGlobalMomentum
 from lightning_dopt.outer import HeavyBall
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.plans.gossip import gossip
-from lightning_dopt.topology import OnePeerExponential, Ring
+from lightning_dopt.topology import Ring
 from lightning_dopt.topology.base import Topology
 
 
-def dmsgd(topology: Topology | None = None, mix_momentum: bool = False) -> Plan:
+def dmsgd(topology: Topology | None = None, mix_momentum: bool = False, momentum: float = 0.9) -> Plan:
     """DmSGD: gossip of the weights with local momentum, which multiplies the bias by ``1 / (1 - momentum)``.
 
     Args:
         topology: ``None`` means the one-peer exponential graph.
-        mix_momentum: Whether ``momentum_buffer`` is mixed as well: twice the bytes, less bias. The inner optimizer must be
-            ``SGD(momentum=...)``.
+        mix_momentum: Whether momentum is mixed as well: twice the bytes, less bias. Momentum is then here and the inner
+            optimizer should be plain SGD; without it the inner optimizer should be ``SGD(momentum=...)``.
+        momentum: With ``mix_momentum``, in [0, 1).
+
+    Raises:
+        ValueError: ``momentum`` outside [0, 1).
 
     Source: Yu, Jin, Yang, "On the Linear Speedup Analysis of Communication Efficient Momentum SGD", arXiv 1905.03817.
     """
-    peers = topology or OnePeerExponential()
-    plan = gossip(peers)
-    extra = [Sync(what="optimizer.momentum_buffer", peers=peers)] if mix_momentum else []
-    return Plan([*extra, *plan.syncs])
+    if not mix_momentum:
+        return gossip(topology)
+    plan = gossip(topology, correction=GradientTracking())
+    return Plan(plan.syncs, [MixedMomentum(momentum)])
 
 
 def decentlam(topology: Topology | None = None, momentum: float = 0.9) -> Plan:

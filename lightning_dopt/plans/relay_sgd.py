@@ -9,6 +9,8 @@ from lightning_dopt.topology.base import Topology
 def relay_sgd(topology: Topology | None = None) -> Plan:
     """Models are relayed along a tree, each arriving everywhere with weight ``1/n``, late by its distance.
 
+    Exact with SGD; an adaptive inner optimizer divides each rank's own gradient and keeps its bias.
+
     Args:
         topology: A tree: ``Tree()`` (``None``), ``Chain()``, ``Star()``.
 
