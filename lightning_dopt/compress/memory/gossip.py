@@ -19,8 +19,8 @@ class Difference(Memory):
     ``c = C(x - xh)``, ``xh <- xh + c``, ``m <- m + sum_j W_ij c_j``, result ``x + gamma (m - xh)``. ``m`` equals
     ``sum_j W_ij xh_j`` at all times. Over a graph that changes a pair of copies is kept for every rank ever met,
     brought up to date at each meeting. With columns of ``W`` that sum to one (for a fixed ``W``:
-    symmetric) the mean of ``x`` over the ranks is preserved exactly, whatever the compressor. The coarser the compressor, the smaller
-    ``gamma`` must be; ``Identity`` with ``gamma = 1`` is plain gossip.
+    symmetric) the mean of ``x`` over the ranks is preserved exactly, whatever the compressor. The coarser the
+    compressor, the smaller ``gamma`` must be; ``Identity`` with ``gamma = 1`` is plain gossip.
 
     Source: Koloskova, Stich, Jaggi, "Decentralized Stochastic Optimization and Gossip Algorithms with Compressed
     Communication", ICML 2019, algorithm 6.
