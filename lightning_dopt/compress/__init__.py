@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_dopt.compress.base import Codec, Compressor
-from lightning_dopt.compress.chain import Chain
+from lightning_dopt.compress.compose import Compose
 from lightning_dopt.compress.dense import BF16, FP16, Identity
 from lightning_dopt.compress.fedzip import FedZip
 from lightning_dopt.compress.floats import E3M0, FP8, Natural
@@ -39,8 +39,8 @@ __all__ = [
     "QSGD",
     "Averaged",
     "BlockTopK",
-    "Chain",
     "Codec",
+    "Compose",
     "Compressor",
     "CountSketch",
     "DCTTopK",

@@ -75,7 +75,7 @@ class Compressor(Codec):
         return None
 
     def values_at(self, shape: Shape) -> tuple[int, int] | None:
-        """Where the message holds float32 values that may be packed further (:class:`Chain`): first byte and count.
+        """Where the message holds float32 values that may be packed further (:class:`Compose`): first byte and count.
 
         Only of compressors that set the other coefficients of an orthonormal basis to zero, so that an error in these
         values is the error of the whole; ``None`` for all others.

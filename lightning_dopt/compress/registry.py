@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from lightning_dopt.compress.base import Codec, Compressor
-from lightning_dopt.compress.chain import Chain
+from lightning_dopt.compress.compose import Compose
 from lightning_dopt.compress.dense import BF16, FP16, Identity
 from lightning_dopt.compress.fedzip import FedZip
 from lightning_dopt.compress.floats import E3M0, FP8, Natural
@@ -50,7 +50,7 @@ _CLASSES: tuple[type[Codec], ...] = (
     RandomProjection,
     LowRank,
     DCTTopK,
-    Chain,
+    Compose,
     FedZip,
     GaussianNoise,
     ErrorFeedback,

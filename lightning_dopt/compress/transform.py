@@ -23,7 +23,7 @@ class DCTTopK(Compressor):
     element). The orthonormal transform keeps lengths, so the contraction of :class:`BlockTopK` carries over.
 
     The message is that of :class:`BlockTopK` with one block per chunk: float32 values, and positions of 12 bits for
-    64 x 64. Values are coefficients divided by a power of two, so that none leaves float32; ``Chain(DCTTopK(0.01), Int8())``
+    64 x 64. Values are coefficients divided by a power of two, so that none leaves float32; ``Compose(DCTTopK(0.01), Int8())``
     sends them in fewer bytes. Biased: use it inside an error memory, where DeMo decays the memory (its momentum).
 
     Source: Peng, Quesnelle, Kingma, "DeMo: Decoupled Momentum Optimization", arXiv 2411.19870, whose default is 32 of

@@ -10,11 +10,11 @@ from lightning_dopt.compress._wire import as_bytes, check_length, section
 from lightning_dopt.compress.base import Compressor, Shape
 
 
-class Chain(Compressor):
-    """``Chain(TopK(0.01), Int8())``: positions by the first compressor, the values at them by the second.
+class Compose(Compressor):
+    """``Compose(TopK(0.01), Int8())``: positions by the first compressor, the values at them by the second.
 
     The first must set all other coefficients of an orthonormal basis to zero (:meth:`Compressor.values_at`):
-    :class:`TopK`, :class:`BlockTopK`, :class:`Threshold`, :class:`DCTTopK`, or another chain. The second sees its values
+    :class:`TopK`, :class:`BlockTopK`, :class:`Threshold`, :class:`DCTTopK`, or another of its kind. The second sees its values
     as one vector in the order of the message. The message is that of the first with the values in the second's
     packing, at the end, in place of ``4 k`` bytes.
 
@@ -33,10 +33,10 @@ class Chain(Compressor):
     def __init__(self, first: Compressor, second: Compressor) -> None:
         if not isinstance(first, Compressor) or first.values_at((1,)) is None:
             raise ValueError(
-                f"Chain(first={first!r}): must be a compressor that sends some elements: TopK, BlockTopK, Threshold or DCTTopK"
+                f"Compose(first={first!r}): must be a compressor that sends some elements: TopK, BlockTopK, Threshold or DCTTopK"
             )
         if not isinstance(second, Compressor):
-            raise ValueError(f"Chain(second={second!r}): must be a compressor (memories go around the chain)")
+            raise ValueError(f"Compose(second={second!r}): must be a compressor (memories go around it)")
         self.first = first
         self.second = second
 
