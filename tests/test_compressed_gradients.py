@@ -26,7 +26,7 @@ from lightning_dopt import (
     TopK,
     plans,
 )
-from lightning_dopt.compress import BF16, FP16, Compressor, as_compressor
+from lightning_dopt.compress import BF16, DGC, DIANA, FP16, QSGD, Compressor, as_compressor
 from lightning_dopt.compress.base import Codec
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sync")
@@ -218,3 +218,60 @@ def test_the_median_of_gradients_shrugs_off_a_liar() -> None:
     close(problem.simulate(plan, 0.1).run(200).stacked(), torch.full((4, 1), 2.5, dtype=torch.float64), 1e-8)
     coded = Plan([Sync(what="gradients", combine=Median(), codec=ErrorFeedback(Int8()))])
     close(problem.simulate(coded, 0.1).run(200).stacked(), torch.full((4, 1), 2.5, dtype=torch.float64), 0.1)
+
+
+# ---------------------------------------------------------------------- momentum before the compressor, shifts
+
+
+def tracked_path(codec: Codec, optimizer: object, steps: int = 30) -> Tensor:
+    return p2().simulate(Plan([Sync(what="gradients", codec=codec)]), optimizer).run(steps).stacked()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_dgc_that_sends_everything_is_momentum_sgd_without_masks_and_plain_sgd_with_them(nesterov: bool) -> None:
+    codec = DGC(TopK(1.0), 0.9, nesterov, masking=False)
+    close(tracked_path(codec, 0.02), tracked_path(Identity(), sgd(0.02, 0.9, nesterov)), 1e-6)
+    if not nesterov:
+        close(tracked_path(DGC(TopK(1.0), 0.9), 0.02), tracked_path(Identity(), 0.02), 1e-6)
+
+
+def test_dgc_without_momentum_is_error_feedback() -> None:
+    assert torch.equal(tracked_path(DGC(TopK(0.4), 0.0), 0.02), tracked_path(ErrorFeedback(TopK(0.4)), 0.02))
+
+
+def test_dgc_clears_the_momentum_of_what_it_sent_and_loses_nothing_else() -> None:
+    memory, g = DGC(TopK(0.25), 0.9), torch.Generator().manual_seed(0)
+    state = memory.state(torch.zeros(40))
+    sent, pushed, u = torch.zeros(40), torch.zeros(40), torch.zeros(40)
+    for _ in range(20):
+        x = torch.randn(40, generator=g)
+        u = 0.9 * u + x
+        pushed += u
+        own = memory.codec.roundtrip(memory.load(x, state))
+        memory.sent(own, state)
+        sent += own
+        assert int((own != 0).sum()) == 10
+        u[own != 0] = 0.0
+        assert torch.equal(state["momentum"], u)
+        assert float(state["velocity"][own != 0].abs().max()) == 0.0
+    torch.testing.assert_close(sent + state["velocity"], pushed, rtol=1e-5, atol=1e-5)
+
+
+def test_diana_is_unbiased_and_exact_where_compression_alone_is_not() -> None:
+    problem = p2()
+
+    def wrong(codec: Codec) -> float:
+        sim = problem.simulate(Plan([Sync(what="gradients", codec=codec)]), 0.05).run(1500)
+        return float((sim.stacked() - problem.optimum()).abs().max())
+
+    assert wrong(DIANA(QSGD(2))) < 1e-5
+    assert wrong(QSGD(2)) > 1e-2
+
+
+def test_diana_with_exact_messages_is_plain_averaging() -> None:
+    close(tracked_path(DIANA(Identity()), 0.05), tracked_path(Identity(), 0.05), 1e-9)
+
+
+def test_diana_refuses_biased_compressors() -> None:
+    with pytest.raises(ValueError, match=r"DIANA\(codec=TopK.*must be unbiased.*EF21"):
+        DIANA(TopK(0.1))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_dopt.compress import (
+    DGC,
+    DIANA,
     EF21,
     Compressor,
     DeepSqueeze,
@@ -32,6 +34,8 @@ MEMORIES: list[Memory] = [
     ErrorFeedback(Sign(), decay=0.9),
     EF21(TopK(0.1)),
     EControl(Int4(), eta=0.1),
+    DGC(TopK(0.1)),
+    DIANA(RandK(0.25)),
     Difference(TopK(0.1), gamma=0.2),
     DeepSqueeze(TopK(0.1), eta=0.1),
     MoniQua(bits=8, theta=4.0),

@@ -10,6 +10,8 @@ from lightning_dopt.compress.floats import E3M0, FP8, Natural
 from lightning_dopt.compress.levels import QSGD, TernGrad
 from lightning_dopt.compress.lowrank import LowRank
 from lightning_dopt.compress.memory import (
+    DGC,
+    DIANA,
     EF21,
     Averaged,
     DeepSqueeze,
@@ -32,6 +34,8 @@ from lightning_dopt.compress.transform import DCTTopK
 
 __all__ = [
     "BF16",
+    "DGC",
+    "DIANA",
     "E3M0",
     "EF21",
     "FP8",

@@ -13,6 +13,8 @@ from lightning_dopt.compress.floats import E3M0, FP8, Natural
 from lightning_dopt.compress.levels import QSGD, TernGrad
 from lightning_dopt.compress.lowrank import LowRank
 from lightning_dopt.compress.memory import (
+    DGC,
+    DIANA,
     EF21,
     Averaged,
     DeepSqueeze,
@@ -56,6 +58,8 @@ _CLASSES: tuple[type[Codec], ...] = (
     ErrorFeedback,
     EF21,
     EControl,
+    DGC,
+    DIANA,
     Difference,
     DeepSqueeze,
     MoniQua,
