@@ -29,12 +29,12 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, count: int, bits: int) -> Tensor:
-    """The ``count`` codes of :func:`pack_codes`, as int64 beyond 8 bits, else as int16."""
+    """The ``count`` codes of :func:`pack_codes`, as int8, int16 (8 bits) or int64 (more)."""
     if bits == 8:
         return packed.to(torch.int16)
     if bits == 4:
-        return unpack_nibbles(packed, count).bitwise_and_(15).to(torch.int16)
-    codes = torch.zeros(count, dtype=torch.int64 if bits > 8 else torch.int16, device=packed.device)
+        return unpack_nibbles(packed, count).bitwise_and_(15)
+    codes = torch.zeros(count, dtype=torch.int64 if bits > 8 else torch.int8, device=packed.device)
     for b, plane in enumerate(packed.view(bits, -1) if bits else ()):
         codes.add_(unpack_signs(plane, count).add_(1).bitwise_right_shift_(1).to(codes.dtype).bitwise_left_shift_(b))
     return codes

@@ -96,8 +96,7 @@ def add_scaled(
 ) -> None:
     """``flat += weight * scale of the block * code``, in at least float32.
 
-    The codes are numbers of any type, or with a ``table`` of an odd number of values what stands ``code`` places from
-    its middle.
+    The codes are numbers of any type; with a ``table`` of ``n`` values, places in it counted from ``n // 2``.
     """
     dtype = torch.promote_types(flat.dtype, torch.float32)
     factors = scales.to(dtype) * weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dopt.compress._wire import FlatCompressor, as_bytes, section
+from lightning_dopt.compress._wire import FlatCompressor, as_bytes, section, tiles
 from lightning_dopt.compress.base import Rounds, Shape, numel
 
 
@@ -61,12 +61,18 @@ class _Cast(FlatCompressor):
     def pack(self, flat: Tensor, seed: int) -> Tensor:
         """Cast, with saturation: an infinity on the wire would never leave an error memory again."""
         largest = torch.finfo(self._dtype).max
-        return as_bytes(flat.clamp(-largest, largest).to(self._dtype))
+        codes = torch.empty_like(flat, dtype=self._dtype)
+        scratch = torch.empty(0, device=flat.device)
+        for first, last, _ in tiles(flat.numel(), 1, flat.device):
+            codes[first:last] = torch.clamp(flat[first:last], -largest, largest, out=scratch.resize_(last - first))
+        return as_bytes(codes)
 
     def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
         """Add the values, widened first."""
         values = section(payload, 0, flat.numel(), self._dtype)
-        flat.add_(values.to(torch.promote_types(flat.dtype, torch.float32)), alpha=weight)
+        scratch = torch.empty(0, dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
+        for first, last, _ in tiles(flat.numel(), 1, flat.device):
+            flat[first:last].add_(scratch.resize_(last - first).copy_(values[first:last]), alpha=weight)
 
 
 class BF16(_Cast):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_dopt._checks import check_choice, check_int
 from lightning_dopt.compress._wire import (
+    TILE,
     FlatCompressor,
     add_scaled,
     block_count,
@@ -98,12 +99,14 @@ class FP8(FlatCompressor):
     def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
         """Add scale times element."""
         blocks = block_count(flat.shape, self.block)
-        codes = payload[self._scale_bytes * blocks :].view(self._dtype)
+        codes = payload[self._scale_bytes * blocks :].view(torch.int8)
+        # Looking a byte up costs a third of the processor's way from 8 bits to float32.
+        values = torch.arange(-128, 128, device=flat.device).to(torch.int8).view(self._dtype).to(torch.float32)
         if self.scale == "amax":
             scales = section(payload, 0, blocks, torch.float32)
         else:
             scales = _power(payload[:blocks].to(torch.int32) - 127)
-        add_scaled(flat, codes, scales, self.block, weight)
+        add_scaled(flat, codes, scales, self.block, weight, values)
 
     def _scales(self, largest: Tensor, top: float) -> Tensor:
         if self.scale == "amax":
@@ -192,8 +195,10 @@ class Natural(_Powers):
             raise ValueError(f"{self!r}: a message that begins with {head}, where 128 is the largest; damaged")
         place = torch.arange(1, 128, device=flat.device, dtype=torch.int32)
         powers = torch.full((127,), math.nan, device=flat.device) if head == 255 else _power(place + (head - 127))
-        scales = torch.ones(block_count(flat.shape, flat.numel()), device=flat.device)
-        add_scaled(flat, payload[1:].view(torch.int8), scales, flat.numel(), weight, _mirrored(powers))
+        codes = payload[1:].view(torch.int8)
+        for first, last, width in tiles(flat.numel(), TILE, flat.device):
+            ones = powers.new_ones((last - first) // width)
+            add_scaled(flat[first:last], codes[first:last], ones, width, weight, _mirrored(powers))
 
 
 class E3M0(_Powers):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dopt._checks import check_float, check_int
 from lightning_dopt.compress._codes import code_bytes, pack_codes, pack_trits, unpack_codes, unpack_trits
-from lightning_dopt.compress._wire import add_scaled, block_count, section
+from lightning_dopt.compress._wire import add_scaled, block_count, pack_nibbles, section, unpack_nibbles
 from lightning_dopt.compress.base import Shape, numel
 from lightning_dopt.compress.quantize import SMALLEST_STEP, Blockwise
 
@@ -70,14 +70,28 @@ class QSGD(Blockwise):
         return math.sqrt(b) / self.levels - 1.0 if b >= 4 * self.levels**2 else b / (4.0 * self.levels**2)
 
     def pack(self, flat: Tensor, seed: int) -> Tensor:
-        """Steps, then codes counted from ``-s``."""
+        """Steps, then codes: with 4 and 8 bits as signed numbers, else counted from ``-s``."""
         steps, codes = _quantized(self, flat, seed)
-        return torch.cat([steps.view(torch.uint8), pack_codes(codes.add_(self.levels).view(torch.uint8), self.bits)])
+        if self.bits == 8:
+            packed = codes.view(torch.uint8)
+        else:
+            packed = (
+                pack_nibbles(codes)
+                if self.bits == 4
+                else pack_codes(codes.add_(self.levels).view(torch.uint8), self.bits)
+            )
+        return torch.cat([steps.view(torch.uint8), packed])
 
     def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
         """Add step times code."""
         blocks = block_count(flat.shape, self.block)
-        codes = unpack_codes(payload[4 * blocks :], flat.numel(), self.bits).sub_(self.levels)
+        packed = payload[4 * blocks :]
+        if self.bits == 8:
+            codes = packed.view(torch.int8)
+        elif self.bits == 4:
+            codes = unpack_nibbles(packed, flat.numel())
+        else:
+            codes = unpack_codes(packed, flat.numel(), self.bits).sub_(self.levels)
         add_scaled(flat, codes, section(payload, 0, blocks, torch.float32), self.block, weight)
 
     def _steps(self, x: Tensor, step: Tensor, scratch: Tensor) -> None:

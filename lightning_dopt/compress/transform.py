@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_dopt._checks import check_float, check_int
-from lightning_dopt.compress._wire import check_length
+from lightning_dopt.compress._wire import TILE, check_length
 from lightning_dopt.compress.base import Compressor, Shape, numel
 from lightning_dopt.compress.sparse_blocks import BlockTopK
 
@@ -72,12 +72,14 @@ class DCTTopK(Compressor):
             return torch.empty(0, dtype=torch.uint8, device=x.device)
         rows, columns, h, w = self.grid(x.shape)
         matrix = x.detach().to(torch.float32).reshape(_matrix(x.shape)).contiguous()
-        a, b = matrix.shape
-        if (a, b) != (rows * h, columns * w):
-            matrix = pad(matrix, (0, columns * w - b, 0, rows * h - a))
-        z = matrix.reshape(-1, w) @ (_cosines(w, matrix) * _unit(w)).T
-        z = (_cosines(h, matrix) * _unit(h)) @ z.view(rows, h, columns * w)
-        z = z.view(rows, h, columns, w).transpose(1, 2).reshape(-1)
+        left, right = _cosines(h, matrix) * _unit(h), (_cosines(w, matrix) * _unit(w)).T
+        z = matrix.new_empty(rows, columns, h, w)
+        for first, last in self._strips(x.shape, x.device):
+            part = matrix[first * h : last * h]
+            gap = ((last - first) * h - len(part), columns * w - part.shape[1])
+            part = pad(part, (0, gap[1], 0, gap[0])) if any(gap) else part
+            part = left @ (part.reshape(-1, w) @ right).view(last - first, h, columns * w)
+            z[first:last] = part.view(last - first, h, columns, w).transpose(1, 2)
         return self._selection(x.shape)[0].encode(z)
 
     def decode_add(self, payload: Tensor, out: Tensor, weight: float = 1.0, seed: int = 0) -> None:
@@ -93,12 +95,24 @@ class DCTTopK(Compressor):
         selection, count = self._selection(out.shape)
         z = torch.zeros(count, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
         selection.decode_add(payload, z, weight)
-        z = z.view(rows, columns, h, w).transpose(1, 2).reshape(rows, h, columns * w)
-        z = (_cosines(h, z) / _unit(h)).T @ z
-        z = z.view(-1, w) @ (_cosines(w, z) / _unit(w))
+        left, right = (_cosines(h, z) / _unit(h)).T, _cosines(w, z) / _unit(w)
+        z = z.view(rows, columns, h, w)
         a, b = _matrix(out.shape)
         target = out.detach()
-        target.add_(z.view(rows * h, columns * w)[:a, :b].reshape(out.shape))
+        dense = target.view(a, b) if target.is_contiguous() else torch.zeros(a, b, dtype=z.dtype, device=z.device)
+        for first, last in self._strips(out.shape, out.device):
+            part = left @ z[first:last].transpose(1, 2).reshape(last - first, h, columns * w)
+            part = (part.view(-1, w) @ right).view(-1, columns * w)
+            lines = dense[first * h : last * h]
+            lines.add_(part[: len(lines), :b])
+        if not target.is_contiguous():
+            target.add_(dense.view(out.shape))
+
+    def _strips(self, shape: Shape, device: torch.device) -> list[tuple[int, int]]:
+        """Rows of chunks that are transformed at a time; on a CPU few enough to stay in cache."""
+        rows, columns, h, w = self.grid(shape)
+        step = max(1, TILE // (columns * h * w)) if device.type == "cpu" else rows
+        return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
     def _selection(self, shape: Shape) -> tuple[BlockTopK, int]:
         rows, columns, h, w = self.grid(shape)
