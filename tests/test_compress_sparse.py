@@ -320,6 +320,10 @@ def test_clusters_lose_no_more_than_two_means() -> None:
         assert lost <= square(v) - float(v.abs().double().sum()) ** 2 / 300
 
 
+def test_clusters_move_to_where_values_are() -> None:
+    assert fedzip.cluster_means(torch.tensor([10.0, -1.0, 1.0, 11.0]), 2).tolist() == [0.0, 10.5]
+
+
 def test_equal_values_make_one_cluster() -> None:
     assert fedzip.cluster_means(torch.full((9,), 3.0), 3).tolist() == [3.0, 3.0, 3.0]
     assert FedZip(1.0).roundtrip(torch.full((9,), 3.0)).tolist() == [3.0] * 9
