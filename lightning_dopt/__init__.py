@@ -2,7 +2,17 @@
 
 from lightning_dopt import compress, outer, plans, topology
 from lightning_dopt.apply import Blocking, Delay, Lerp, OneRound, Rebase, Replace
-from lightning_dopt.combine import Chebyshev, Damped, Median, Mixing, MomentumGossip, PushSum, RelaySum, Repeated
+from lightning_dopt.combine import (
+    Chebyshev,
+    Damped,
+    MajorityVote,
+    Median,
+    Mixing,
+    MomentumGossip,
+    PushSum,
+    RelaySum,
+    Repeated,
+)
 from lightning_dopt.comm import Link, ProcessGroupWorld, SimulatedWorld, SyncError
 from lightning_dopt.compress import (
     BF16,
@@ -114,6 +124,7 @@ __all__ = [  # noqa: RUF022
     "LoFiStrategy",
     "LossWeights",
     "LowRank",
+    "MajorityVote",
     "Median",
     "Mixing",
     "MomentumGossip",

@@ -6,12 +6,14 @@ from lightning_dopt.combine.mixing import Median, Mixing
 from lightning_dopt.combine.push_sum import PushSum
 from lightning_dopt.combine.relay import RelaySum
 from lightning_dopt.combine.repeated import Chebyshev, MomentumGossip, Repeated
+from lightning_dopt.combine.vote import MajorityVote
 
 __all__ = [
     "Chebyshev",
     "Combine",
     "Damped",
     "Decode",
+    "MajorityVote",
     "Median",
     "Mixing",
     "MomentumGossip",
