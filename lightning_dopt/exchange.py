@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lightning_dopt._random import key
 from lightning_dopt.comm.world import Pending, Talk, World
-from lightning_dopt.compress import Identity, LowRank
-from lightning_dopt.compress.base import Compressor, Rounds
+from lightning_dopt.compress import Identity
+from lightning_dopt.compress.base import Share
 from lightning_dopt.compress.memory import Difference, Memory, as_compressor
+from lightning_dopt.compress.packing import Packing
 from lightning_dopt.plan import Sync
 from lightning_dopt.slots import Lane
 
@@ -86,6 +87,7 @@ class Channel:
     def __init__(self, sync: Sync, lane: Lane, world: World, seed: int, label: str) -> None:
         self.sync, self.lane, self.world, self.seed, self.label = sync, lane, world, seed, label
         self.compressor, self.memory = as_compressor(sync.codec)
+        self.shapes = [f.shape for f in lane.fields]
         start = lane.live.detach().to(lane.message_dtype)
         self.linked = world.links is not None and not (sync.when.at_end and sync.peers.is_mean(world.size))
         """Whether links to neighbours may be lost or rest, so that messages go from neighbour to neighbour only."""
@@ -94,10 +96,14 @@ class Channel:
         self.memory_state = self.memory.state(start) if self.memory is not None and not self.by_edge else {}
         self.codec_state: dict[str, Tensor] = {}
         self.combine_state = sync.combine.state(start, sync.peers, world.size, world.rank)
-        self.scale = self.memory.scale((lane.numel,)) if self.memory is not None else 1.0
+        self.packing = self._pack_as(self.compressor.parts(self.shapes))
+        """How the tensors of the next message are packed."""
         self.exchanges = sync.combine.exchanges(sync.peers, world.size)
         self._free: list[Tensor] = []
         self._boxes: dict[tuple[int, int], Tensor] = {}
+
+    def _pack_as(self, parts: list[Share]) -> Packing:
+        return Packing(parts, self.shapes, self.memory.scale if self.memory is not None else None)
 
     @property
     def sums(self) -> bool:
@@ -140,15 +146,15 @@ class Channel:
         own: Tensor | None = None
         if self.sums:
             if wire.need_own:
-                wire.own = self.compressor.roundtrip(value, seed).mul_(self.scale)
+                wire.own = self.packing.roundtrip(value, seed, seed)
             own, mixed = yield from self._summed(value, seed)
             if self.memory is not None:
                 self.memory.sent(own, self.memory_state)
         else:
-            payload = self._pack(value, key(seed, self.world.rank) if self.compressor.private else seed)
+            payload = self._pack(value, seed)
             if self.memory is not None or wire.need_own:
                 wire.own = own = torch.zeros_like(value)
-                self._unpack_add(payload, seed, own, self.scale)
+                self._unpack_add(payload, seed, own, 1.0)
                 if self.memory is not None:
                     self.memory.sent(own, self.memory_state)
             mixed = yield from self._exchanged(payload, seed, round_, message, self.take(wire.buffers))
@@ -164,7 +170,7 @@ class Channel:
         return total.mul_(1.0 / len(self.world.present))
 
     def _summed(self, value: Tensor, seed: int) -> Talk[tuple[Tensor, Tensor]]:
-        rounds = self.rounds(value, seed)
+        rounds = self.packing.rounds(value, self.codec_state, seed, self.world.size)
         try:
             part = next(rounds)
             while True:
@@ -172,18 +178,7 @@ class Channel:
                     part = yield self.world.all_reduce(part, self.label)
                 part = rounds.send(part)
         except StopIteration as stop:
-            own, mean = stop.value
-        return own.mul_(self.scale), mean.mul_(self.scale)
-
-    def rounds(self, value: Tensor, seed: int) -> Rounds:
-        """The tensors that a linear codec sums over the ranks for one message; see :meth:`Compressor.rounds`."""
-        if not isinstance(self.compressor, LowRank):
-            return self.compressor.rounds(value, self.codec_state, seed, self.world.size)
-        return self._matrix_rounds(self.compressor, value, seed)
-
-    def _matrix_rounds(self, compressor: LowRank, value: Tensor, seed: int) -> Rounds:
-        owns, means = yield from compressor.rounds_many(self.lane.views(value), self.codec_state, seed, self.world.size)
-        return _flatten(owns, value), _flatten(means, value)
+            return stop.value
 
     def _exchanged(self, payload: Tensor, seed: int, round_: int, message: Tensor, out: Tensor) -> Talk[Tensor]:
         world, peers = self.world, self.sync.peers
@@ -237,18 +232,16 @@ class Channel:
         send = {}
         for k in to:
             mine = self._copy_of("to", k, message)
-            here = key(seed, rank) if self.compressor.private else seed
-            send[k] = self._pack(message - mine, here)
-            self._unpack_add(send[k], seed, mine, self.scale)
-        length = message_bytes(self.compressor, self.lane)
-        got = yield self.swap(send, dict.fromkeys(heard, length))
+            send[k] = self._pack(message - mine, seed)
+            self._unpack_add(send[k], seed, mine, 1.0)
+        got = yield self.swap(send, dict.fromkeys(heard, self.message_bytes))
         weights, gamma = peers.row(n, rank, round_), memory.gamma
         if self.linked:
             world.ledger.skip(self.label, len(weights.keys() - {rank}) - len(heard))
             to = heard = sorted(got)
         for j in heard:
             theirs = self._copy_of("from", j, message)
-            self._unpack_add(got[j], seed, theirs, self.scale)
+            self._unpack_add(got[j], seed, theirs, 1.0)
             message.add_(theirs, alpha=gamma * weights[j])
         for k in to:
             weight = weights[k] if self.linked else peers.row(n, k, round_)[rank]
@@ -263,7 +256,7 @@ class Channel:
 
     def _decode_scaled(self, payload: Tensor, seed: int, message: Tensor, out: Tensor, weight: float) -> None:
         if self.memory is None or not self.memory.relative:
-            self._unpack_add(payload, seed, out, weight * self.scale)
+            self._unpack_add(payload, seed, out, weight)
             return
         decoded = torch.zeros_like(out)
         self._unpack_add(payload, seed, decoded, 1.0)
@@ -274,21 +267,20 @@ class Channel:
             return (value if self.memory is None else value.clone()).view(
                 torch.uint8
             )  # memories change it before it left
-        if not self.compressor.layerwise:
-            return self.compressor.encode(value, seed)
-        return torch.cat([self.compressor.encode(v, key(seed, k)) for k, v in enumerate(self.lane.views(value))])
+        return self.packing.encode(value, seed, key(seed, self.world.rank))
 
     def _unpack_add(self, payload: Tensor, seed: int, out: Tensor, weight: float) -> None:
         if isinstance(self.compressor, Identity):
             out.add_(payload.view(out.dtype), alpha=weight)
-        elif not self.compressor.layerwise:
-            self.compressor.decode_add(payload, out, weight, seed)
         else:
-            start = 0
-            for k, view in enumerate(self.lane.views(out)):
-                end = start + self.compressor.payload_bytes(view.shape)
-                self.compressor.decode_add(payload[start:end], view, weight, key(seed, k))
-                start = end
+            self.packing.decode_add(payload, out, weight, seed)
+
+    @property
+    def message_bytes(self) -> int:
+        """Length of the next encoded message."""
+        if isinstance(self.compressor, Identity):
+            return self.lane.numel * self.lane.message_dtype.itemsize
+        return self.packing.nbytes
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of the codec, its memory and the combine, for a checkpoint."""
@@ -351,22 +343,4 @@ def _weighted(got: Mapping[int, Tensor], weights: Mapping[int, float], out: Tens
     return out
 
 
-def message_bytes(compressor: Compressor, lane: Lane) -> int:
-    """Length of one encoded message of a lane."""
-    if isinstance(compressor, Identity):
-        return lane.numel * lane.message_dtype.itemsize
-    if compressor.layerwise:
-        return sum(compressor.payload_bytes(f.shape) for f in lane.fields)
-    return compressor.payload_bytes((lane.numel,))
-
-
-def _flatten(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    out = torch.empty_like(like)
-    start = 0
-    for part in parts:
-        out[start : start + part.numel()].copy_(part.reshape(-1))
-        start += part.numel()
-    return out
-
-
-__all__ = ["Channel", "Flight", "Memory", "message_bytes"]
+__all__ = ["Channel", "Flight", "Memory"]

@@ -16,7 +16,7 @@ from lightning_dopt.comm.ledger import Ledger, all_gather_bytes, all_reduce_byte
 from lightning_dopt.comm.link import Link, LinkClock
 from lightning_dopt.comm.world import Pending, Talk, World
 from lightning_dopt.engine import Engine
-from lightning_dopt.exchange import Channel, Flight, message_bytes
+from lightning_dopt.exchange import Channel, Flight
 from lightning_dopt.local.base import BoundCorrection
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import LaneRunner, SyncRunner
@@ -274,7 +274,7 @@ class _SizedLane(LaneRunner):
         assert isinstance(world, _AllRanks)
         self.world = world
         self.sums = _summands(channel) if channel.sums and world.size > 1 else []
-        self.payload = torch.empty(message_bytes(channel.compressor, lane), dtype=torch.uint8, device=_META)
+        self.payload = torch.empty(channel.message_bytes, dtype=torch.uint8, device=_META)
 
     def _message(self, round_: int) -> Talk[Tensor]:
         peers, label = self.sync.peers, self.channel.label
@@ -401,7 +401,8 @@ class _SizedEngine(Engine):
 
 def _summands(channel: Channel) -> list[Tensor]:
     """What one message of a linear codec adds up over the ranks, in order."""
-    rounds = channel.rounds(torch.empty(channel.lane.numel, dtype=channel.lane.message_dtype, device=_META), seed=0)
+    value = torch.empty(channel.lane.numel, dtype=channel.lane.message_dtype, device=_META)
+    rounds = channel.packing.rounds(value, {}, 0, channel.world.size)
     parts = []
     try:
         part = next(rounds)

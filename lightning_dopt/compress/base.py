@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_dopt._part import Part
+from lightning_dopt._random import key
 
 Shape = Sequence[int]
+T = TypeVar("T")
 
 
 def numel(shape: Shape) -> int:
@@ -82,6 +85,15 @@ class Compressor(Codec):
         """
         return None
 
+    def parts(self, shapes: Sequence[Shape]) -> list[Share]:
+        """Which compressor sees which tensors of a message: pairs of a compressor and the numbers of its tensors.
+
+        Several tensors together are one vector to their compressor, one that is :attr:`layerwise` gets single tensors.
+        """
+        if self.layerwise:
+            return [(self, [i]) for i in range(len(shapes))]
+        return [(self, list(range(len(shapes))))]
+
     def rounds(self, x: Tensor, state: dict[str, Tensor], seed: int, size: int) -> Rounds:
         """For linear compressors: compute the compressed mean over ``size`` ranks by summing dense tensors.
 
@@ -92,5 +104,53 @@ class Compressor(Codec):
         raise NotImplementedError(f"{type(self).__name__} is not linear: its messages cannot be summed")
         yield
 
+    @classmethod
+    def rounds_many(
+        cls,
+        codecs: Sequence[Compressor],
+        xs: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        seed: int,
+        size: int,
+    ) -> ManyRounds:
+        """:meth:`rounds` for several tensors, each with a codec of this class and a state of its own, in joint sums.
 
+        Returns what this rank contributed and the mean of all contributions, in the order and shapes of ``xs``.
+        """
+        talks = [c.rounds(x, s, key(seed, k), size) for k, (c, x, s) in enumerate(zip(codecs, xs, states, strict=True))]
+        results = yield from together(talks)
+        return [own for own, _ in results], [mean for _, mean in results]
+
+
+Share = tuple[Compressor, list[int]]
 Rounds = Generator[Tensor, Tensor, tuple[Tensor, Tensor]]
+ManyRounds = Generator[Tensor, Tensor, tuple[list[Tensor], list[Tensor]]]
+
+
+def together(talks: Sequence[Generator[Tensor, Tensor, T]]) -> Generator[Tensor, Tensor, list[T]]:
+    """Run generators of sums side by side: what they yield at one time is yielded as one vector."""
+    results: dict[int, T] = {}
+    sums: dict[int, Tensor | None] = dict.fromkeys(range(len(talks)))
+    while True:
+        parts: dict[int, Tensor] = {}
+        for k, total in sums.items():
+            try:
+                parts[k] = next(talks[k]) if total is None else talks[k].send(total)
+            except StopIteration as stop:
+                results[k] = stop.value
+        if not parts:
+            return [results[k] for k in range(len(talks))]
+        pieces = list(parts.values())
+        answer = [(yield pieces[0])] if len(pieces) == 1 else split((yield join(pieces)), pieces)
+        sums = dict(zip(parts, answer, strict=True))
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """One new vector of all elements."""
+    return torch.cat([t.reshape(-1) for t in tensors]) if tensors else torch.empty(0)
+
+
+def split(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a vector of :func:`join` into views of the shapes it came from."""
+    cut = torch.split_with_sizes(vector, [t.numel() for t in like])
+    return [piece.view(t.shape) for piece, t in zip(cut, like, strict=True)]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_dopt._checks import check_float, check_int
 from lightning_dopt.compress._wire import as_bytes, check_length, section
-from lightning_dopt.compress.base import Compressor, Rounds, Shape, numel
-
-ManyRounds = Generator[Tensor, Tensor, tuple[list[Tensor], list[Tensor]]]
+from lightning_dopt.compress.base import Compressor, ManyRounds, Rounds, Shape, join, numel, split
 
 
 class LowRank(Compressor):
@@ -107,20 +105,29 @@ class LowRank(Compressor):
 
     def rounds(self, x: Tensor, state: dict[str, Tensor], seed: int, size: int) -> Rounds:
         """Two sums (``P``, then ``Q``) for a matrix, else one; ``state["q"]`` (b x r) is the warm start."""
-        owns, means = yield from self.rounds_many([x], state, seed, size)
+        owns, means = yield from self.rounds_many([self], [x], [state], seed, size)
         return owns[0], means[0]
 
-    def rounds_many(self, xs: Sequence[Tensor], state: dict[str, Tensor], seed: int, size: int) -> ManyRounds:
-        """:meth:`rounds` for all tensors of a message in at most two sums; matrices of one shape go together.
+    @classmethod
+    def rounds_many(
+        cls,
+        codecs: Sequence[Compressor],
+        xs: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        seed: int,
+        size: int,
+    ) -> ManyRounds:
+        """:meth:`rounds` for all tensors of a message in at most two sums; matrices of one shape and rank go together.
 
         The first sum holds all ``P`` and then all tensors that are sent whole, the second all ``Q`` (it is left out if
         no tensor is sent as factors). All tensors have one dtype, which is that of the sums
         and of the results (float32 for narrower ones).
 
         Args:
+            codecs: a :class:`LowRank` for each tensor.
             xs: the tensors of this rank, not modified.
-            state: warm starts: ``state["q"]`` (b x r) for a single matrix, ``state["q:AxB"]`` (count x b x r) for
-                the matrices of one shape among several tensors. Missing entries are drawn from the seed.
+            states: a warm start for each tensor: ``state["q"]`` (b x r) of a matrix. Of one with more columns the leading
+                ones are used, missing ones are drawn from the seed, so that the rank may change between calls.
             seed: the same on all ranks.
             size: number of ranks in the sums.
 
@@ -131,13 +138,13 @@ class LowRank(Compressor):
             What this rank contributed and the mean of all contributions, in the order and shapes of ``xs``.
         """
         xs = [x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in xs]
-        groups = self._groups(xs, state, torch.Generator().manual_seed(seed))
+        groups = _groups(codecs, xs, states, torch.Generator().manual_seed(seed))
         factored = {i for group in groups for i in group.members}
         whole = [i for i in range(len(xs)) if i not in factored]
         owns, means = [x.clone() if i in whole else x for i, x in enumerate(xs)], list(xs)
 
         first = [group.batch @ group.q for group in groups] + [xs[i] for i in whole]
-        sums = _pieces((yield _joined(first)), first)
+        sums = split((yield join(first)), first)
         for i, total in zip(whole, sums[len(groups) :], strict=True):
             means[i] = total / size
         if not groups:
@@ -148,25 +155,12 @@ class LowRank(Compressor):
             group.q = group.batch.mT @ group.p
             group.unpack(owns)
         second = [group.q for group in groups]
-        for group, total in zip(groups, _pieces((yield _joined(second)), second), strict=True):
+        for group, total in zip(groups, split((yield join(second)), second), strict=True):
             group.q = total / size
             group.unpack(means)
-            state[group.key] = group.q.squeeze(0) if group.key == "q" else group.q
+            for i, q in zip(group.members, group.q.unbind(), strict=True):
+                states[i]["q"] = q
         return owns, means
-
-    def _groups(self, xs: Sequence[Tensor], state: dict[str, Tensor], generator: torch.Generator) -> list[_Group]:
-        """The tensors that are sent as factors, by shape, each group with the ``Q`` to begin with."""
-        members: dict[tuple[int, int, int], list[int]] = {}
-        for i, x in enumerate(xs):
-            matrix = self.factors(x.shape)
-            if matrix:
-                members.setdefault(matrix, []).append(i)
-        groups = []
-        for (a, b, r), those in members.items():
-            key = "q" if len(xs) == 1 else f"q:{a}x{b}"
-            batch = torch.stack([xs[i].reshape(a, b) for i in those])
-            groups.append(_Group(key, those, batch, _start(state.get(key), batch, r, generator)))
-        return groups
 
 
 class _Group:
@@ -174,13 +168,31 @@ class _Group:
 
     p: Tensor
 
-    def __init__(self, key: str, members: list[int], batch: Tensor, q: Tensor) -> None:
-        self.key, self.members, self.batch, self.q = key, members, batch, q
+    def __init__(self, members: list[int], batch: Tensor, q: Tensor) -> None:
+        self.members, self.batch, self.q = members, batch, q
 
     def unpack(self, results: list[Tensor]) -> None:
         """Write ``P Q^T`` in place of the members."""
         for i, matrix in zip(self.members, self.p @ self.q.mT, strict=True):
             results[i] = matrix.reshape(results[i].shape)
+
+
+def _groups(
+    codecs: Sequence[Compressor], xs: Sequence[Tensor], states: Sequence[dict[str, Tensor]], generator: torch.Generator
+) -> list[_Group]:
+    """The tensors that are sent as factors, by shape and rank, each group with the ``Q`` to begin with."""
+    members: dict[tuple[int, int, int], list[int]] = {}
+    for i, (codec, x) in enumerate(zip(codecs, xs, strict=True)):
+        assert isinstance(codec, LowRank)
+        matrix = codec.factors(x.shape)
+        if matrix:
+            members.setdefault(matrix, []).append(i)
+    groups = []
+    for (a, b, r), those in members.items():
+        batch = torch.stack([xs[i].reshape(a, b) for i in those])
+        start = torch.stack([_start(states[i].get("q"), b, r, batch, generator) for i in those])
+        groups.append(_Group(those, batch, start))
+    return groups
 
 
 def orthonormal(p: Tensor) -> Tensor:
@@ -193,26 +205,18 @@ def orthonormal(p: Tensor) -> Tensor:
     return torch.linalg.qr(p).Q
 
 
-def _start(stored: Tensor | None, batch: Tensor, r: int, generator: torch.Generator) -> Tensor:
-    """The ``Q`` to begin with: the stored one with columns of unit length (the span counts), or a Gaussian one."""
-    count, _, b = batch.shape
-    if stored is None or stored.numel() != count * b * r:
-        return torch.stack([_gaussian(b, r, generator, batch) for _ in range(count)])
-    q = stored.to(batch).view(count, b, r)
-    return q / q.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(q.dtype).tiny)
+def _start(stored: Tensor | None, b: int, r: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """The ``Q`` to begin with: the stored one with columns of unit length (the span counts), completed by Gaussian ones.
+
+    Repeated iterations order the columns, those of the largest singular values first.
+    """
+    if stored is None or stored.shape[0] != b:
+        return _gaussian(b, r, generator, like)
+    q = stored[:, :r].to(like)
+    q = q / q.norm(dim=0, keepdim=True).clamp_(min=torch.finfo(q.dtype).tiny)
+    return q if q.shape[1] == r else torch.cat([q, _gaussian(b, r - q.shape[1], generator, like)], dim=1)
 
 
 def _gaussian(b: int, r: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Standard normal numbers, drawn on the CPU so that every device gets the same."""
     return torch.randn(b, r, generator=generator).to(like)
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """One new vector of all elements."""
-    return torch.cat([t.reshape(-1) for t in tensors]) if tensors else torch.empty(0)
-
-
-def _pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Cut a vector of :func:`_joined` into views of the shapes it came from."""
-    cut = torch.split_with_sizes(vector, [t.numel() for t in like])
-    return [piece.view(t.shape) for piece, t in zip(cut, like, strict=True)]

@@ -53,13 +53,15 @@ class Memory(Codec):
         dtype = torch.promote_types(like.dtype, torch.float32)
         return {key: torch.zeros(like.shape, dtype=dtype, device=like.device) for key in self.keys}
 
-    def scale(self, shape: Shape) -> float:
-        """Factor on decoded messages: ``1 / (1 + omega)`` if the compressor is unbiased and no contraction, else 1.
+    def scale(self, shape: Shape, codec: Compressor | None = None) -> float:
+        """Factor on what ``codec`` decodes: ``1 / (1 + omega)`` if it is unbiased and no contraction, else 1.
 
-        That makes it a contraction with ``delta = 1 / (1 + omega)``, which every memory here needs to be stable.
+        That makes it a contraction with ``delta = 1 / (1 + omega)``, which every memory here needs to be stable. ``codec``
+        is what sees a tensor of this shape, by default :attr:`codec`; a compressor may leave tensors to others.
         """
-        omega = self.codec.variance(shape)
-        return 1.0 if omega is None or self.codec.contraction(shape) is not None else 1.0 / (1.0 + omega)
+        codec = codec if codec is not None else self.codec
+        omega = codec.variance(shape)
+        return 1.0 if omega is None or codec.contraction(shape) is not None else 1.0 / (1.0 + omega)
 
     @abstractmethod
     def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ class DIANA(Memory):
         """``alpha`` as a number, for signals of this shape."""
         return self.alpha if self.alpha is not None else 1.0 / (1.0 + (self.codec.variance(shape) or 0.0))
 
-    def scale(self, shape: Shape) -> float:
+    def scale(self, shape: Shape, codec: Compressor | None = None) -> float:
         """1: messages stay unbiased."""
         return 1.0
 

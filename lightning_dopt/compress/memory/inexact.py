@@ -26,7 +26,7 @@ class Direct(Memory):
     keys = ()
     codes_values = True
 
-    def scale(self, shape: Shape) -> float:
+    def scale(self, shape: Shape, codec: Compressor | None = None) -> float:
         """1: values must not shrink."""
         return 1.0
 
@@ -69,7 +69,7 @@ class Averaged(Memory):
         super().__init__(codec)
         self.floor = check_float("Averaged", "floor", floor, 0.0, 1.0, open_low=True)
 
-    def scale(self, shape: Shape) -> float:
+    def scale(self, shape: Shape, codec: Compressor | None = None) -> float:
         """1: values must not shrink."""
         return 1.0
 
