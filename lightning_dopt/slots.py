@@ -57,14 +57,25 @@ class Lane:
         return [f.of(flat) for f in self.fields]
 
 
+FIRST_BUCKET = 2**20
+"""Bytes of the bucket that backward completes first."""
+
+
 def buckets(lane: Lane, nbytes: float) -> list[Lane]:
-    """The lane cut, between tensors, into stretches of about ``nbytes``; as it is if ``nbytes`` is 0."""
-    if nbytes <= 0 or lane.live.nbytes <= nbytes:
+    """The lane cut, between tensors, into stretches of at most ``nbytes``; as it is if ``nbytes`` is 0.
+
+    The last one, which backward completes first, has at most ``FIRST_BUCKET`` bytes, so that the link is busy early. A
+    larger tensor is a stretch of its own.
+    """
+    if nbytes <= 0:
         return [lane]
-    cuts, start = [0], 0
+    cuts, start, total = [0], 0, lane.numel
+    first = total - min(nbytes, FIRST_BUCKET) / lane.live.itemsize
     for field in lane.fields:
         end = field.offset + field.numel
-        if (end - start) * lane.live.itemsize > nbytes and field.offset > start:
+        full = (end - start) * lane.live.itemsize > nbytes
+        tail = field.offset >= first > start
+        if (full or tail) and field.offset > start:
             cuts.append(field.offset)
             start = field.offset
     bounds = zip(cuts, [*cuts[1:], lane.numel], strict=True)

@@ -191,7 +191,9 @@ def slow_answers(world: ProcessGroupWorld) -> int:
 
 
 def test_a_slow_rank_answers_from_the_background(ranks: Ranks) -> None:
-    assert min(ranks(slow_answers, 2)) >= 50 - 8  # all but those that local_step need not wait for
+    busy, slow = ranks(slow_answers, 2)
+    assert busy >= 50 - 8  # all but those that local_step need not wait for
+    assert slow >= busy - 1  # which may not have counted yet what the other has
 
 
 def bounded(world: ProcessGroupWorld) -> list[int]:

@@ -145,7 +145,8 @@ def test_buffers_equal_the_engine(what: Buffers | None) -> None:
 
 def test_closed_forms() -> None:
     shapes = square_layers(1_000_000)
-    ddp = forecast(Plan([Sync(what="gradients")]), 4, shapes, 10, Link(mbit=8.0, ms=10.0), step_seconds=0.5)
+    whole = Sync(what=Gradients(bucket_mb=0))
+    ddp = forecast(Plan([whole]), 4, shapes, 10, Link(mbit=8.0, ms=10.0), step_seconds=0.5)
     assert ddp.bytes == [10 * 6_000_000] * 4  # 2 (n-1)/n of 4 MB
     assert ddp.peak_step_bytes == 6_000_000
     assert ddp.seconds == pytest.approx(10 * (0.5 + 2 * 3 * (0.01 + 1.0)))

@@ -144,6 +144,20 @@ def test_buckets_hold_whole_tensors_and_everything_once() -> None:
     assert buckets(lane, 0) == [lane]
 
 
+def test_the_bucket_that_backward_completes_first_is_small() -> None:
+    tensors = {name: torch.zeros(n) for name, n in {"a": 2_000_000, "b": 200_000, "c": 200_000, "d": 50_000}.items()}
+    (lane,) = FlatTensors(tensors).lanes
+
+    def sizes(nbytes: float) -> list[int]:
+        return [part.live.nbytes for part in buckets(lane, nbytes)]
+
+    assert sizes(25e6) == [8_800_000, 1_000_000]  # c and d: at most 2^20 bytes
+    assert sizes(8e6) == [8_000_000, 800_000, 1_000_000]
+    assert sizes(500_000) == [8_000_000, 800_000, 800_000, 200_000]
+    (small,) = FlatTensors({"a": torch.zeros(100), "b": torch.zeros(100)}).lanes
+    assert len(buckets(small, 25e6)) == 1
+
+
 @pytest.mark.parametrize("codec", [None, Int8()])
 def test_the_size_of_buckets_does_not_matter_where_codecs_work_piece_by_piece(codec: Codec | None) -> None:
     """Exact sums do not see where a bucket ends; a codec of flat messages sees it and stays near."""
