@@ -1,6 +1,6 @@
 """Decentralized and communication-efficient training for PyTorch Lightning."""
 
-from lightning_dopt import compress, outer, plans, topology
+from lightning_dopt import compress, optim, outer, plans, topology
 from lightning_dopt.apply import Blocking, Delay, Lerp, OneRound, Rebase, Replace
 from lightning_dopt.combine import (
     Chebyshev,
@@ -32,9 +32,11 @@ from lightning_dopt.compress import (
     TopK,
 )
 from lightning_dopt.engine import Engine
+from lightning_dopt.fragments import Fragment
 from lightning_dopt.local import (
     SAM,
     ConjugateGradient,
+    CoordinateClip,
     ExactDiffusion,
     Extra,
     GradientTracking,
@@ -92,6 +94,7 @@ __all__ = [  # noqa: RUF022
     "Complete",
     "CompressedDDPStrategy",
     "ConjugateGradient",
+    "CoordinateClip",
     "Damped",
     "DeepSqueeze",
     "Delay",
@@ -108,6 +111,7 @@ __all__ = [  # noqa: RUF022
     "Exponential",
     "Extra",
     "FP16",
+    "Fragment",
     "GossipStrategy",
     "Gradients",
     "GradientTracking",
@@ -163,6 +167,7 @@ __all__ = [  # noqa: RUF022
     "Tree",
     "Until",
     "compress",
+    "optim",
     "outer",
     "plans",
     "topology",

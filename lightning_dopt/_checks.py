@@ -51,3 +51,14 @@ def check_choice(owner: str, name: str, value: Any, allowed: Iterable[str]) -> s
     if value not in choices:
         raise ValueError(f"{owner}({name}={value!r}): must be one of {', '.join(map(repr, choices))}")
     return str(value)
+
+
+def check_flag(owner: str, name: str, value: bool) -> bool:
+    """Return ``value`` if it is a bool.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}({name}={value!r}): must be True or False")
+    return value

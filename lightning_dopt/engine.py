@@ -105,7 +105,7 @@ class Engine:
         self.optimizer_flats: dict[str, FlatTensors] = {}
 
     def _selected(self, sync: Sync) -> list[str]:
-        names = [name for name in self.parameters if sync.what.selects(name)]  # type: ignore[attr-defined]
+        names: list[str] = sync.what.select({n: p.numel() for n, p in self.parameters.items()})  # type: ignore[attr-defined]
         if not names:
             raise ValueError(
                 f"Sync(what={sync.what!r}): selects none of the {len(self.parameters)} trainable parameters"

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dopt._checks import check_float
+from lightning_dopt._checks import check_flag, check_float
 from lightning_dopt._part import Part
+from lightning_dopt.optim.stale_momentum import StaleMomentum
 
 
 class Outer(Part, ABC):
     """An optimizer on the anchor; its gradient is the combined ``anchor - live`` (so it descends with it)."""
+
+    pull: float = 1.0
+    """How strongly anchors that differ are drawn together, relative to the pull towards the mixed live weights: the gradient
+    is ``anchor - mixed live + (pull - 1) (anchor - mixed anchors)``. It still takes one message, ``live + (pull - 1) anchor``."""
 
     @abstractmethod
     def build(self, anchors: list[Tensor]) -> Optimizer:
@@ -76,6 +81,79 @@ class HeavyBall(SGD):
 
     def __init__(self, lr: float = 1.0, momentum: float = 0.5) -> None:
         super().__init__(lr=lr, momentum=momentum)
+
+
+class GossipMomentum(Outer):
+    """NoLoCo's outer step over random pairs: ``d <- alpha d - beta D - gamma (a - A)``, ``a <- a + d``.
+
+    ``a`` is this rank's anchor and ``A`` the mean of its group's; ``D`` is the group's mean change ``anchor - live``. As
+    ``D = A - X`` with the mean ``X`` of the live weights, the step is heavy ball with rate ``beta`` along
+    ``(gamma / beta) a - (X + (gamma / beta - 1) A)``: whatever ``gamma``, one tensor crosses the network. Over everybody all
+    anchors are equal and ``gamma`` does nothing.
+
+    Args:
+        alpha: Outer momentum in [0, 1).
+        beta: Outer learning rate, above 0.
+        gamma: Pull of the anchors towards each other, above 0. Replicas in random pairs of many workers stay together for
+            ``gamma < 2 (1 - alpha^2)``.
+
+    Raises:
+        ValueError: an option out of range.
+
+    Source: Kolehmainen et al., "NoLoCo: No-all-reduce Low Communication Training Method for Large Models", arXiv 2506.10911;
+    defaults of the authors' configurations.
+    """
+
+    def __init__(self, alpha: float = 0.5, beta: float = 0.7, gamma: float = 0.7) -> None:
+        self.alpha = check_float("GossipMomentum", "alpha", alpha, 0.0, 1.0, open_high=True)
+        self.beta = check_float("GossipMomentum", "beta", beta, 0.0, open_low=True)
+        self.gamma = check_float("GossipMomentum", "gamma", gamma, 0.0, open_low=True)
+
+    @property
+    def pull(self) -> float:  # type: ignore[override]
+        """``gamma / beta``; see :attr:`Outer.pull`."""
+        return self.gamma / self.beta
+
+    def build(self, anchors: list[Tensor]) -> Optimizer:
+        """See :meth:`Outer.build`."""
+        return torch.optim.SGD(anchors, lr=self.beta, momentum=self.alpha)
+
+
+class LateMomentum(Outer):
+    """CO2's outer step for changes that come a round late: heavy ball with a staleness penalty and clipped momentum.
+
+    ``m <- clamp(mu m + g / L, -clip, clip)``, ``a <- a - lr m``; see :class:`~lightning_dopt.optim.StaleMomentum`.
+
+    Args:
+        lr: Outer learning rate.
+        momentum: Outer momentum in [0, 1). The authors take 0 up to 16 workers, 0.2 up to 32, 0.5 up to 64, then 0.6.
+        clip: Bound on every element of the momentum, at least 0; ``None`` for none.
+        penalty: Constant part of ``L``, at least 1.
+        gap_aware: Whether ``L`` is larger where the anchor has just moved far.
+
+    Raises:
+        ValueError: an option out of range.
+
+    Source: Sun et al., "CO2", arXiv 2401.16265; how the gap is normalised is ours.
+    """
+
+    def __init__(
+        self,
+        lr: float = 1.0,
+        momentum: float = 0.0,
+        clip: float | None = 1.0,
+        penalty: float = 1.0,
+        gap_aware: bool = False,
+    ) -> None:
+        self.lr = check_float("LateMomentum", "lr", lr, 0.0, open_low=True)
+        self.momentum = check_float("LateMomentum", "momentum", momentum, 0.0, 1.0, open_high=True)
+        self.clip = clip if clip is None else check_float("LateMomentum", "clip", clip, 0.0)
+        self.penalty = check_float("LateMomentum", "penalty", penalty, 1.0)
+        self.gap_aware = check_flag("LateMomentum", "gap_aware", gap_aware)
+
+    def build(self, anchors: list[Tensor]) -> Optimizer:
+        """See :meth:`Outer.build`."""
+        return StaleMomentum(anchors, self.lr, self.momentum, self.clip, self.penalty, self.gap_aware)
 
 
 class Adam(Outer):

@@ -18,8 +18,9 @@ from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.memory import Difference, Memory
 from lightning_dopt.local.base import Correction
-from lightning_dopt.outer import SGD, FromOptimizer, Nesterov, Outer
+from lightning_dopt.outer import SGD, FromOptimizer, GossipMomentum, LateMomentum, Outer
 from lightning_dopt.schedules import Every, When
+from lightning_dopt.stability import outer_bound, pairs_bound
 from lightning_dopt.topology import Complete, RandomPairs
 from lightning_dopt.topology.base import Topology
 from lightning_dopt.what import What, what_of
@@ -81,9 +82,7 @@ class Sync(Part):
     @property
     def label(self) -> str:
         """Short name for logs and errors."""
-        key_ = getattr(self.what, "key", "")
-        match = getattr(self.what, "match", "*")
-        return self.what.slot + (f".{key_}" if key_ else "") + (f"[{match}]" if match != "*" else "")
+        return self.what.label
 
 
 class Plan(Part):
@@ -176,6 +175,8 @@ class Plan(Part):
                     stacklevel=3,
                 )
             _warn_of_momentum(sync, n)
+            if isinstance(sync.apply, OneRound) and sync.apply.inflight == "own_share":
+                _warn_of_delay(sync, n, stacklevel=4)
             if sync.what.slot == "gradients" and not mean and not mixes_parameters:
                 raise ValueError(
                     f"Sync(what='gradients', peers={sync.peers!r}): replicas would drift apart; use peers=Complete() or add "
@@ -284,25 +285,48 @@ def _warn(sync: Sync, compressor: Compressor) -> None:
                 f"codec=ErrorFeedback({compressor!r})",
                 stacklevel=4,
             )
-    delayed = isinstance(sync.apply, OneRound) and sync.apply.inflight == 0.0
-    if delayed and isinstance(sync.outer, Nesterov) and sync.outer.momentum >= 0.5 and sync.outer.lr >= 0.6:
+    if not (isinstance(sync.apply, OneRound) and sync.apply.inflight == "own_share"):  # that depends on the workers
+        _warn_of_delay(sync, 1, stacklevel=5)
+
+
+def _warn_of_delay(sync: Sync, n: int, stacklevel: int) -> None:
+    """Outer rate and momentum beyond what is stable in directions in which a round converges."""
+    if isinstance(sync.outer, SGD):
+        momentum, nesterov = sync.outer.momentum, sync.outer.nesterov
+    elif isinstance(sync.outer, LateMomentum) and sync.outer.clip is None and not sync.outer.gap_aware:
+        momentum, nesterov = sync.outer.momentum, False
+    else:
+        return
+    rate = sync.outer.lr / (sync.outer.penalty if isinstance(sync.outer, LateMomentum) else 1.0)
+    share = sync.apply.share(n) if isinstance(sync.apply, OneRound) else 1.0
+    bound = outer_bound(momentum, nesterov, share)
+    if rate >= bound - 1e-9 and isinstance(sync.peers, Complete):
+        advice = "or use OneRound('own_share')" if share == 0.0 else "or the momentum"
+        workers = (
+            f" with {n} workers" if isinstance(sync.apply, OneRound) and sync.apply.inflight == "own_share" else ""
+        )
         warnings.warn(
-            f"Sync(outer={sync.outer!r}, apply={sync.apply!r}): unstable for directions that converge within a round "
-            "(lr * share must stay below 0.56 at momentum 0.5 and 0.25 at 0.9); lower lr or use OneRound('own_share')",
-            stacklevel=4,
+            f"Sync(outer={sync.outer!r}, apply={sync.apply!r}): unstable{workers} in directions in which a round "
+            f"converges: there lr must stay below {bound:.2f} at momentum {momentum:g}; lower lr, {advice}",
+            stacklevel=stacklevel,
         )
 
 
 def _warn_of_momentum(sync: Sync, n: int) -> None:
     """Outer momentum over random pairs: replicas stay together only below a bound (NoLoCo; zero gradients, N workers)."""
-    if not (isinstance(sync.peers, RandomPairs) and isinstance(sync.outer, SGD) and sync.outer.momentum and n > 2):
+    if not isinstance(sync.peers, RandomPairs):
         return
-    alpha, p = sync.outer.momentum, n / (2 * (n - 1))
-    bound = 2 * (1 - alpha**2) / (1 - alpha * (2 * p - 1))
-    if sync.outer.lr >= bound:
+    if isinstance(sync.outer, GossipMomentum):
+        alpha, name, pull = sync.outer.alpha, "gamma", sync.outer.gamma
+    elif isinstance(sync.outer, SGD):
+        alpha, name, pull = sync.outer.momentum, "lr", sync.outer.lr
+    else:
+        return
+    bound = pairs_bound(alpha, n)
+    if alpha and pull >= bound:
         warnings.warn(
-            f"Sync(peers={sync.peers!r}, outer={sync.outer!r}): with {n} workers replicas run apart from lr {bound:.2f} on at "
-            f"momentum {alpha:g}; lower one of them, momentum 0.5 with lr 0.7 is NoLoCo's choice",
+            f"Sync(peers={sync.peers!r}, outer={sync.outer!r}): with {n} workers replicas run apart from {name} {bound:.2f} on at "
+            f"momentum {alpha:g}; lower one of them, momentum 0.5 with {name} 0.7 is NoLoCo's choice",
             stacklevel=3,
         )
 

@@ -26,6 +26,7 @@ class LaneRunner:
         self.optimizer: torch.optim.Optimizer | None = None
         self.flights: list[Flight] = []
         self.last_step = 0
+        self.pull = sync.outer.pull if sync.outer is not None and sync.signal == "value" else 1.0
         if sync.signal == "delta" or sync.outer is not None:
             self.anchor = lane.live.detach().to(lane.message_dtype, copy=True)
         if sync.outer is not None:
@@ -54,6 +55,8 @@ class LaneRunner:
             message = live
         else:
             message = channel.take(buffers).copy_(live)
+            if self.pull != 1.0 and self.anchor is not None:
+                message.add_(self.anchor, alpha=self.pull - 1.0)
         sent = None
         if self.sync.apply.merge.needs_sent or self.corrections:
             same = live.dtype == self.lane.message_dtype
@@ -104,7 +107,10 @@ class LaneRunner:
     def _move_reference(self, result: Tensor) -> Tensor:
         if self.anchor is None:
             return result
-        direction = result if self.sync.signal == "delta" else self.anchor - result
+        if self.sync.signal == "delta":
+            direction = result
+        else:
+            direction = (self.anchor if self.pull == 1.0 else self.pull * self.anchor) - result
         if self.optimizer is None:
             self.anchor.sub_(direction)
         else:

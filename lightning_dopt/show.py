@@ -11,7 +11,7 @@ from types import ModuleType
 import docstring_parser
 from torch import nn
 
-from lightning_dopt import apply, combine, local, outer, plans, schedules, topology, what
+from lightning_dopt import apply, combine, fragments, local, outer, plans, schedules, topology, what
 from lightning_dopt._part import Part
 from lightning_dopt.comm import Link
 from lightning_dopt.compress import registry as codecs
@@ -37,7 +37,7 @@ def parts() -> dict[str, dict[str, type[Part]]]:
         "topologies": dict(graphs.classes()),
         "codecs": dict(codecs.classes()),
         "schedules": _members(schedules, schedules.When),
-        "tensors": _members(what, what.What),
+        "tensors": _members(what, what.What) | _members(fragments, what.What),
         "combine": _members(combine, combine.Combine),
         "outer optimizers": _members(outer, outer.Outer),
         "apply": _members(apply, apply.Apply) | _members(apply, apply.Merge),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from lightning_dopt._checks import check_float
@@ -12,6 +13,11 @@ class What(Part):
     """A slot (a family of tensors that each replica has) and the part of it that is selected."""
 
     slot: str
+
+    @property
+    def label(self) -> str:
+        """Short name for logs and errors."""
+        return self.slot
 
 
 class Parameters(What):
@@ -32,9 +38,18 @@ class Parameters(What):
             raise ValueError(f"{type(self).__name__}(match={match!r}): must be a pattern such as '*' or 'head.*'")
         self.match = match
 
+    @property
+    def label(self) -> str:
+        """See :attr:`What.label`."""
+        return self.slot if self.match == "*" else f"{self.slot}[{self.match}]"
+
     def selects(self, name: str) -> bool:
         """Whether the tensor called ``name`` is selected."""
         return fnmatchcase(name, self.match)
+
+    def select(self, sizes: Mapping[str, int]) -> list[str]:
+        """The selected ones of these parameters, ``{name: number of elements}``, in their order."""
+        return [name for name in sizes if self.selects(name)]
 
 
 class Gradients(Parameters):
@@ -79,9 +94,18 @@ class OptimizerState(What):
         self.key = key
         self.match = match
 
+    @property
+    def label(self) -> str:
+        """See :attr:`What.label`."""
+        return f"optimizer.{self.key}" + ("" if self.match == "*" else f"[{self.match}]")
+
     def selects(self, name: str) -> bool:
         """Whether the state of the parameter called ``name`` is selected."""
         return fnmatchcase(name, self.match)
+
+    def select(self, sizes: Mapping[str, int]) -> list[str]:
+        """The parameters whose states are selected, of ``{name: number of elements}``, in their order."""
+        return [name for name in sizes if self.selects(name)]
 
 
 class Tracker(Parameters):

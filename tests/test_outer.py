@@ -17,6 +17,9 @@ OUTERS: list[Outer] = [
     outer.SGD(lr=0.5, momentum=0.8),
     outer.Nesterov(),
     outer.HeavyBall(lr=0.6, momentum=0.4),
+    outer.GossipMomentum(),
+    outer.LateMomentum(0.5, 0.3, 0.2, 1.5),
+    outer.LateMomentum(0.5, 0.3, gap_aware=True),
     outer.Adam(),
     outer.FromOptimizer(functools.partial(torch.optim.Adagrad, lr=0.1)),
 ]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_dopt._checks import check_choice, check_int
+from lightning_dopt._checks import check_choice, check_flag, check_int
 from lightning_dopt.compress._wire import (
     TILE,
     FlatCompressor,
@@ -20,7 +20,7 @@ from lightning_dopt.compress._wire import (
     unpack_nibbles,
 )
 from lightning_dopt.compress.base import Shape, numel
-from lightning_dopt.compress.quantize import SMALLEST_STEP, Dither, check_flag
+from lightning_dopt.compress.quantize import SMALLEST_STEP, Dither
 
 _EXPONENT = 0x7F800000
 """Bits of the exponent in a float32."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_dopt._checks import check_int
+from lightning_dopt._checks import check_flag, check_int
 from lightning_dopt.compress._wire import (
     FlatCompressor,
     add_scaled,
@@ -107,17 +107,6 @@ class Dither:
         noise = self._noise.resize_(values.numel()).copy_(words.view(torch.int16)[: values.numel()])
         # The middles of the 2^16 intervals: their mean is one half exactly, so rounding down is unbiased.
         values.add_(noise.add_(2.0**15 + 0.5).mul_(2.0**-16))
-
-
-def check_flag(owner: str, name: str, value: bool) -> bool:
-    """Return ``value`` if it is a bool.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"{owner}({name}={value!r}): must be True or False")
-    return value
 
 
 class Int8(Blockwise):

@@ -1,6 +1,7 @@
 """Corrections of the inner step: they make biased methods exact and know nothing of wires."""
 
 from lightning_dopt.local.base import BoundCorrection, Context, Correction
+from lightning_dopt.local.coordinate_clip import CoordinateClip
 from lightning_dopt.local.exact_diffusion import ExactDiffusion
 from lightning_dopt.local.extra import Extra
 from lightning_dopt.local.gradient_tracking import GradientTracking
@@ -18,6 +19,7 @@ __all__ = [
     "BoundCorrection",
     "ConjugateGradient",
     "Context",
+    "CoordinateClip",
     "Correction",
     "ExactDiffusion",
     "Extra",

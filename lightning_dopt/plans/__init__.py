@@ -1,21 +1,27 @@
 """Published methods, each a small function that returns a :class:`~lightning_dopt.Plan`."""
 
 from lightning_dopt.plans.beer import beer
+from lightning_dopt.plans.co2 import co2
 from lightning_dopt.plans.compressed_ddp import compressed_ddp
 from lightning_dopt.plans.compressed_gossip import choco_sgd, deep_squeeze, moniqua
+from lightning_dopt.plans.desloc import desloc, mt_dao
 from lightning_dopt.plans.dfedsam import dfedsam
 from lightning_dopt.plans.diloco import diloco
 from lightning_dopt.plans.directed import push_diging, sgp
 from lightning_dopt.plans.dprox_sgt import dprox_sgt
+from lightning_dopt.plans.eager_diloco import delayed_diloco, eager_diloco
 from lightning_dopt.plans.exact import d2, diging, exact_diffusion, extra, gradient_tracking, k_gt
 from lightning_dopt.plans.gossip import gossip
 from lightning_dopt.plans.lo_fi import lo_fi
 from lightning_dopt.plans.local_sgd import local_sgd
 from lightning_dopt.plans.momentum import decentlam, dmsgd, qg_dsgdm
+from lightning_dopt.plans.noloco import noloco
 from lightning_dopt.plans.relay_sgd import relay_sgd
 from lightning_dopt.plans.riemannian import drcgd, riemannian_tracking
 from lightning_dopt.plans.robust_tracking import robust_tracking
 from lightning_dopt.plans.single_merge import single_merge
+from lightning_dopt.plans.slowmo import post_local_sgd, slowmo
+from lightning_dopt.plans.streaming_diloco import streaming_diloco
 from lightning_dopt.plans.weighted_gossip import weighted_gossip
 
 __all__ = [  # noqa: RUF022  (by family)
@@ -23,6 +29,15 @@ __all__ = [  # noqa: RUF022  (by family)
     "diloco",
     "lo_fi",
     "local_sgd",
+    "post_local_sgd",
+    "slowmo",
+    "streaming_diloco",
+    "eager_diloco",
+    "delayed_diloco",
+    "noloco",
+    "co2",
+    "desloc",
+    "mt_dao",
     "single_merge",
     "gossip",
     "dmsgd",
