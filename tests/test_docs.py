@@ -179,7 +179,9 @@ def test_messages_of_the_table(name: str) -> None:
     often = [sync for sync in plan if not sync.when.at_end]
     often = [sync for sync in often if not isinstance(sync.when, Until)]  # another follows
     parts = {getattr(sync.what, "of", 1) for sync in often}
-    assert int(ROWS[name]["messages"]) * max(parts, default=1) == sum(sync.combine.exchanges(sync.peers, 8) for sync in often)
+    assert int(ROWS[name]["messages"]) * max(parts, default=1) == sum(
+        sync.combine.exchanges(sync.peers, 8) for sync in often
+    )
 
 
 @each_method

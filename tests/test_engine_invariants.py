@@ -215,7 +215,8 @@ def expected_bytes(plan: Plan, n: int, rank: int, steps: int) -> int:
     shapes = {name: t.shape for name, t in mosaic(0).items()}
     total = 0
     for sync in plan:
-        chosen = [shapes[name] for name in shapes if sync.what.selects(name)]  # type: ignore[attr-defined]
+        names = sync.what.select({name: shape.numel() for name, shape in shapes.items()})  # type: ignore[attr-defined]
+        chosen = [shapes[name] for name in names]
         rounds = sum(sync.when.due(t) for t in range(1, steps + 1)) + sync.when.at_end
         total += sum(round_bytes(sync, n, rank, k, chosen) for k in range(rounds))
     return total

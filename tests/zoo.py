@@ -68,7 +68,6 @@ PLANS: dict[str, Plan] = {
     "fragments over pairs": plans.streaming_diloco(4, 2, 1, outer_momentum=0.3, topology=RandomPairs()),
     "eager fragments": plans.eager_diloco(4, 0.3, 0.5, fragments=2, pattern="balanced"),
     "co2": plans.co2(3, 0.6, 0.3, clip=0.05, gap_aware=True),
-    "desloc": plans.desloc(2, {"momentum_buffer": 3}, clip=1.0),
     "delayed rand-k": Plan(
         [Sync(when=Every(2), codec=ErrorFeedback(RandK(0.3)), outer=outer.SGD(0.5), apply=OneRound(0.5))]
     ),
