@@ -35,10 +35,12 @@ from lightning_dopt.engine import Engine
 from lightning_dopt.fragments import Fragment
 from lightning_dopt.local import (
     SAM,
+    Ascend,
     ConjugateGradient,
     CoordinateClip,
     ExactDiffusion,
     Extra,
+    Extragradient,
     GradientTracking,
     LocalTracking,
     LossWeights,
@@ -49,7 +51,7 @@ from lightning_dopt.local import (
 )
 from lightning_dopt.outer import HeavyBall, Nesterov
 from lightning_dopt.plan import Plan, Sync
-from lightning_dopt.schedules import After, AtEnd, Bernoulli, Drifted, Every, Until
+from lightning_dopt.schedules import After, AtEnd, Bernoulli, Drifted, Either, Every, Until
 from lightning_dopt.simulate import Simulation
 from lightning_dopt.topology import (
     Complete,
@@ -65,7 +67,7 @@ from lightning_dopt.topology import (
     Torus,
     Tree,
 )
-from lightning_dopt.what import Buffers, Gradients, OptimizerState, Parameters, Tracker
+from lightning_dopt.what import Buffers, Gradients, OptimizerState, Parameters, Reference, Tracker
 
 __version__ = "0.1.0.dev0"
 
@@ -84,6 +86,7 @@ register()
 
 __all__ = [  # noqa: RUF022
     "After",
+    "Ascend",
     "AtEnd",
     "AsyncGossipStrategy",
     "Bernoulli",
@@ -104,12 +107,14 @@ __all__ = [  # noqa: RUF022
     "Drifted",
     "EControl",
     "EF21",
+    "Either",
     "Engine",
     "ErrorFeedback",
     "Every",
     "ExactDiffusion",
     "Exponential",
     "Extra",
+    "Extragradient",
     "FP16",
     "Fragment",
     "GossipStrategy",
@@ -147,6 +152,7 @@ __all__ = [  # noqa: RUF022
     "RandK",
     "RandomPairs",
     "Rebase",
+    "Reference",
     "RelaySum",
     "Repeated",
     "Replace",

@@ -82,7 +82,7 @@ class Engine:
         self._far: dict[str, bool] = {}
         self.optimizer_state = optimizer_state
         self.groups = [list(g) for g in gradient_groups] if gradient_groups is not None else [list(self.parameters)]
-        chosen = [self._selected(s) for s in plan if s.what.slot in ("parameters", "gradients", "tracker")]
+        chosen = [self._selected(s) for s in plan if s.what.slot in ("parameters", "gradients", "tracker", "reference")]
         self.flat = FlatTensors(self.parameters, [*chosen, *self.groups])
         self.means = plan.means(world.size)
         context = Context(
@@ -98,6 +98,8 @@ class Engine:
         self.buffers = FlatBuffers(buffers or {})
         self.gradients: list[list[GradientRunner]] = [[] for _ in self.groups]
         self.runners: list[SyncRunner] = []
+        self.between: list[SyncRunner] = []
+        """The syncs that run between the two passes of a step."""
         for index, (sync, label) in enumerate(zip(plan, plan.labels(), strict=True)):
             self._add(index, sync, label)
         self._buffer_host = next((s for s in plan if s.what.slot in ("parameters", "gradients")), None)
@@ -127,18 +129,19 @@ class Engine:
         slot = sync.what.slot
         if slot == "parameters":
             self.runners.append(self._runner(index, sync, label, self.flat.select(self._selected(sync))))
-        elif slot == "tracker":
+        elif slot in ("tracker", "reference"):
             copies_of = [tracker_lane(lane) for lane in self.flat.select(self._selected(sync))]
-            self.runners.append(self._runner(index, sync, label, copies_of))
+            runners = self.runners if slot == "tracker" else self.between
+            runners.append(self._runner(index, sync, label, copies_of))
         elif slot == "gradients":
-            for runners, group in zip(self.gradients, self.groups, strict=True):
+            for gradients, group in zip(self.gradients, self.groups, strict=True):
                 names = [name for name in self._selected(sync) if name in group]
                 if names:
                     size = getattr(sync.what, "bucket_mb", 0.0) * 1e6
                     lanes = [part for lane in self.flat.select(names) for part in buckets(lane, size)]
                     copies = [FlatGradients(self.parameters, lane) for lane in lanes]
                     runner = self._runner(index, sync, label, [c.lane for c in copies])
-                    runners.append(GradientRunner(runner, copies, self.parameters))
+                    gradients.append(GradientRunner(runner, copies, self.parameters))
         elif slot == "buffers":
             lanes = [self.buffers.lane] if self.buffers.buffers else []
             self.runners.append(self._runner(index, sync, label, lanes))
@@ -180,7 +183,7 @@ class Engine:
         if any(self.gradients):
             return True
         waiting = any(lane.due(step) for r in self.runners for lane in r.lanes)
-        return waiting or any(r.sync.when.due(step) for r in self.runners)
+        return waiting or any(r.sync.when.due(step) for r in [*self.between, *self.runners])
 
     def meets(self, step: int | None = None) -> bool:
         """Whether all ranks wait for all at optimizer step ``step`` (default: the coming one), as in an all-reduce.
@@ -201,7 +204,10 @@ class Engine:
         return self._begun or all(getattr(r.sync.apply, "order", "atc") == "atc" for r in self.runners)
 
     def before_step(self) -> Talk[None]:
-        """Before the forward pass of an optimizer step (its first micro-batch): syncs of order ``cta`` and ``awc``."""
+        """Before the forward pass of an optimizer step (its first micro-batch): syncs of order ``cta`` and ``awc``.
+
+        A correction may move the parameters here, until :meth:`on_gradients`.
+        """
         if self._begun:
             return
         self._begun = True
@@ -213,23 +219,35 @@ class Engine:
                 runner.send(step)
                 if order == "cta":
                     yield from runner.apply(step)
+        due = {runner.sync.what.slot for runner in self.between if runner.sync.when.due(step)}
+        if self.between:
+            self.flat.reclaim()
+        for correction in self.corrections:
+            correction.on_begin(due)
 
     @property
     def passes(self) -> int:
-        """How many forward and backward passes an optimizer step takes; see :meth:`perturb`."""
+        """How many forward and backward passes this optimizer step takes, from :meth:`before_step` on.
+
+        Before the first step it is the most that a step can take. If it is 2, :meth:`perturb` belongs between them.
+        """
         return max((correction.passes for correction in self.corrections), default=1)
 
-    def perturb(self, group: int = 0) -> None:
-        """After the first backward of a step that takes two passes: move the parameters for the second."""
-        with torch.no_grad():
-            for correction in self.corrections:
-                correction.perturb(self.groups[group])
+    def perturb(self, group: int = 0) -> Talk[None]:
+        """After the first backward of a step that takes two passes: what is sent in between, then move the parameters.
 
-    def restore(self, group: int = 0) -> None:
-        """After the second backward: move the parameters back. What follows is :meth:`on_gradients`."""
-        with torch.no_grad():
-            for correction in self.corrections:
-                correction.restore(self.groups[group])
+        The gradients are to be cleared before the second backward; :meth:`on_gradients` moves the parameters back.
+        """
+        names, step = self.groups[group], self.step + 1
+        self.world.step = step
+        for correction in self.corrections:
+            correction.on_backward(names)
+        for runner in self.between:
+            if runner.sync.when.due(step):
+                runner.send(step)
+                yield from runner.apply(step)
+        for correction in self.corrections:
+            correction.perturb(names)
 
     def watch_gradients(self, group: int = 0) -> None:
         """Before the backward whose gradients are due: from now on, send each bucket as soon as it is complete.
@@ -260,10 +278,14 @@ class Engine:
         """
         self.world.step = self.step + 1
         names = self.groups[group]
+        for correction in self.corrections:
+            correction.restore(names)
         if scale is not None:
             if not (yield from self._finite(group)):
                 return
             self._scale(names, 1.0 / scale)
+        for correction in self.corrections:
+            correction.on_backward(names)
         for correction in self.corrections:
             correction.on_gradient(names)
         for gradient in self.gradients[group]:
@@ -407,7 +429,7 @@ class Engine:
 
     def _all_runners(self) -> list[SyncRunner]:
         extra = [self.buffer_runner] if self.buffer_runner is not None else []
-        return [g.runner for runners in self.gradients for g in runners] + self.runners + extra
+        return [g.runner for runners in self.gradients for g in runners] + self.between + self.runners + extra
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this replica's plan that outlives a step: tensors and plain values only (:meth:`land` first)."""

@@ -109,6 +109,7 @@ def forecast(
     for _ in range(steps):
         before = [worker.ledger.bytes for worker in world.workers]
         world.run(engine.before_step())
+        world.run(engine.perturb())
         world.compute(each)
         world.run(engine.on_gradients())
         world.run(engine.after_step())

@@ -108,12 +108,13 @@ class Plan(Part):
                 raise ValueError(
                     f"Sync(what='gradients', codec={sync.codec!r}): use ErrorFeedback or EF21 for gradients"
                 )
-            if sync.what.slot == "tracker" and not self._tracks(sync):
-                raise ValueError("Sync(what='tracker'): no correction of the plan sends a tracker")
+            if sync.what.slot in ("tracker", "reference") and not self._tracks(sync):
+                raise ValueError(f"Sync(what={sync.what.slot!r}): no correction of the plan sends a {sync.what.slot}")
 
     def _tracks(self, sync: Sync) -> bool:
         """Whether a correction puts something else on this sync's wire: a tracked quantity that lives on."""
-        return sync.what.slot in ("gradients", "tracker") and any(sync.what.slot in c.slots for c in self.corrections)
+        own = ("gradients", "tracker", "reference")
+        return sync.what.slot in own and any(sync.what.slot in c.slots for c in self.corrections)
 
     def __iter__(self) -> Iterator[Sync]:
         return iter(self.syncs)
@@ -216,6 +217,11 @@ def _check_sync(sync: Sync) -> None:
         )
     if slot == "tracker" and sync.apply != Blocking():
         raise ValueError(f"Sync(what='tracker', apply={sync.apply!r}): the tracker is due at once, use Blocking()")
+    if slot == "reference" and not (is_exact(sync.codec) and sync.apply == Blocking() and not sync.when.at_end):
+        raise ValueError(
+            f"Sync(what='reference', when={sync.when!r}, codec={sync.codec!r}, apply={sync.apply!r}): it is exact and due at "
+            "once, use Identity() and Blocking()"
+        )
     if slot in ("buffers", "optimizer") and not is_exact(sync.codec):
         raise ValueError(f"Sync(what={sync.what!r}, codec={sync.codec!r}): states are sent as they are, use Identity()")
     if codes_values(sync.codec) and sync.signal != "value":

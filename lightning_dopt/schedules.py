@@ -151,6 +151,29 @@ class Until(When):
         return step <= self.stop and self.when.due(step)
 
 
+class Either(When):
+    """Due when one of two schedules is, or both.
+
+    ``Either(Until(1, Every(1)), Bernoulli(0.1))`` is the first step, then one in ten by chance.
+
+    Args:
+        one: A schedule.
+        other: Another.
+
+    Raises:
+        ValueError: a schedule that measures, or one for the end.
+    """
+
+    def __init__(self, one: When, other: When) -> None:
+        self.one, self.other = _unmeasured("Either", one), _unmeasured("Either", other)
+        if one.at_end or other.at_end:
+            raise ValueError("Either(AtEnd()): the end of training is no step; give it a sync of its own")
+
+    def due(self, step: int) -> bool:
+        """See :meth:`When.due`."""
+        return self.one.due(step) or self.other.due(step)
+
+
 class AtEnd(When):
     """Once, after the last step of training (lo-fi, final merging)."""
 

@@ -74,16 +74,11 @@ class Simulation:
         """Train for ``steps`` optimizer steps."""
         for _ in range(steps):
             self._all(Engine.before_step)
+            self._pass()
+            if self.engines[self.alive[0]].passes == 2:
+                self._all(Engine.perturb)
+                self._pass()
             for rank in self.alive:
-                replica, opt = self.replicas[rank], self.optimizers[rank]
-                opt.zero_grad()
-                step = self.engines[rank].step + 1
-                self.backward(rank, replica, step)
-                if self.engines[rank].passes == 2:
-                    self.engines[rank].perturb()
-                    opt.zero_grad()
-                    self.backward(rank, replica, step)
-                    self.engines[rank].restore()
                 clock = self.worlds[rank].clock
                 if clock is not None:
                     clock.compute(self.seconds[rank])
@@ -92,6 +87,13 @@ class Simulation:
                 self.optimizers[rank].step()
             self._all(Engine.after_step)
         return self
+
+    def _pass(self) -> None:
+        """One forward and backward pass of every rank."""
+        for rank in self.alive:
+            replica = self.replicas[rank]
+            self.optimizers[rank].zero_grad()
+            self.backward(rank, replica, self.engines[rank].step + 1)
 
     def finish(self) -> Simulation:
         """End of training: apply what is in flight and run the syncs that are due at the end."""

@@ -122,6 +122,19 @@ class Tracker(Parameters):
     slot = "tracker"
 
 
+class Reference(Parameters):
+    """Gradients at the reference point of a correction, sent between the two passes of a step.
+
+    Args:
+        match: Pattern on parameter names.
+
+    Raises:
+        ValueError: an empty pattern.
+    """
+
+    slot = "reference"
+
+
 class Buffers(What):
     """Floating point buffers of the module, such as BatchNorm's running statistics."""
 
@@ -148,6 +161,7 @@ def what_of(value: What | str) -> What:
         "parameters": Parameters,
         "gradients": Gradients,
         "tracker": Tracker,
+        "reference": Reference,
         "buffers": Buffers,
     }
     if value not in known:

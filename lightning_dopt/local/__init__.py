@@ -1,9 +1,11 @@
 """Corrections of the inner step: they make biased methods exact and know nothing of wires."""
 
+from lightning_dopt.local.ascend import Ascend
 from lightning_dopt.local.base import BoundCorrection, Context, Correction
 from lightning_dopt.local.coordinate_clip import CoordinateClip
 from lightning_dopt.local.exact_diffusion import ExactDiffusion
 from lightning_dopt.local.extra import Extra
+from lightning_dopt.local.extragradient import Extragradient
 from lightning_dopt.local.gradient_tracking import GradientTracking
 from lightning_dopt.local.local_tracking import LocalTracking
 from lightning_dopt.local.loss_weights import LossWeights
@@ -16,6 +18,7 @@ from lightning_dopt.local.stiefel import ConjugateGradient, Stiefel
 
 __all__ = [
     "SAM",
+    "Ascend",
     "BoundCorrection",
     "ConjugateGradient",
     "Context",
@@ -23,6 +26,7 @@ __all__ = [
     "Correction",
     "ExactDiffusion",
     "Extra",
+    "Extragradient",
     "GradientTracking",
     "LocalTracking",
     "LossWeights",

@@ -63,16 +63,26 @@ class BoundCorrection:
     """The slots whose syncs it wants to see."""
 
     passes: int = 1
-    """How many forward and backward passes a step takes; before the second comes :meth:`perturb`."""
+    """How many forward and backward passes a step takes, from :meth:`on_begin` on; before the second comes :meth:`perturb`."""
 
     def prepare(self, slot: str, lanes: list[Lane]) -> None:
         """Once, before training: the lanes of a sync it wants to see."""
+
+    def on_begin(self, due: Collection[str]) -> None:
+        """Before the first forward pass of a step: the parameters may be moved until :meth:`restore`.
+
+        Args:
+            due: Slots whose syncs run between the two passes of this step.
+        """
+
+    def on_backward(self, names: Collection[str]) -> None:
+        """After every backward pass, before all other hooks: change ``p.grad`` in place and keep nothing."""
 
     def perturb(self, names: Collection[str]) -> None:
         """After the first backward, if :attr:`passes` is 2: move these parameters for the second pass."""
 
     def restore(self, names: Collection[str]) -> None:
-        """After the second backward: move them back, keep the gradients."""
+        """After the last backward: move the parameters back to where they shall be updated, keep the gradients."""
 
     def on_gradient(self, names: Collection[str]) -> None:
         """After backward and before any gradient is sent: change ``p.grad`` in place, of these parameters only."""

@@ -75,7 +75,7 @@ class _BoundLossWeights(BoundCorrection):
     def __init__(self, factor: float, context: Context) -> None:
         self.factor, self.parameters = factor, context.parameters
 
-    def on_gradient(self, names: Collection[str]) -> None:
+    def on_backward(self, names: Collection[str]) -> None:
         if self.factor == 1.0:
             return
         for name in names:

@@ -42,6 +42,7 @@ class _BoundSAM(BoundCorrection):
         self.rho, self.context = rho, context
         self.passes = 2 if rho > 0 else 1
         self.before = zeros(context.lanes) if rho > 0 else []
+        self.moved = False
 
     def scratch(self) -> list[Tensor]:
         return self.before
@@ -50,6 +51,7 @@ class _BoundSAM(BoundCorrection):
         return [p for name in names if (p := self.context.parameters[name]).grad is not None]
 
     def perturb(self, names: Collection[str]) -> None:
+        self.moved = True
         for lane, before in zip(self.context.lanes, self.before, strict=True):
             before.copy_(lane.live)
         params = self._params(names)
@@ -62,5 +64,8 @@ class _BoundSAM(BoundCorrection):
             p.add_(torch.nan_to_num(g) * scale)
 
     def restore(self, names: Collection[str]) -> None:
+        if not self.moved:
+            return
+        self.moved = False
         for lane, before in zip(self.context.lanes, self.before, strict=True):
             lane.live.copy_(before)

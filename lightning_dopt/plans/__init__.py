@@ -14,6 +14,7 @@ from lightning_dopt.plans.exact import d2, diging, exact_diffusion, extra, gradi
 from lightning_dopt.plans.gossip import gossip
 from lightning_dopt.plans.lo_fi import lo_fi
 from lightning_dopt.plans.local_sgd import local_sgd
+from lightning_dopt.plans.masha import masha
 from lightning_dopt.plans.momentum import decentlam, dmsgd, qg_dsgdm
 from lightning_dopt.plans.noloco import noloco
 from lightning_dopt.plans.relay_sgd import relay_sgd
@@ -62,4 +63,5 @@ __all__ = [  # noqa: RUF022  (by family)
     "robust_tracking",
     "drcgd",
     "riemannian_tracking",
+    "masha",
 ]

@@ -16,24 +16,28 @@ def check_two_passes(engine: Engine, module: LightningModule, trainer: Trainer) 
     """Refuse what cannot be done twice.
 
     Raises:
-        ValueError: manual optimization or accumulated gradients, with corrections that need a second pass.
+        ValueError: manual optimization or accumulated gradients, with corrections that need a second pass; loss scaling, if
+            they send gradients of the first.
     """
-    if engine.passes == 1:
+    pairs = zip(engine.plan.corrections, engine.corrections, strict=True)
+    name = next((type(c).__name__ for c, bound in pairs if bound.passes == 2), None)
+    if name is None:
         return
     if not module.automatic_optimization:
-        raise ValueError("SAM: the second pass repeats training_step, which needs automatic optimization")
+        raise ValueError(f"{name}: the second pass repeats training_step, which needs automatic optimization")
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
-            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): SAM takes both passes on one batch, use 1"
+            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): {name} takes both passes on one batch, use 1"
         )
+    if engine.between and getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(f"Trainer(precision='16-mixed'): {name} sends unscaled gradients, use 'bf16-mixed'")
 
 
 def second_pass(engine: Engine, closure: Callable[[], Any], module: LightningModule, group: int) -> None:
     """Replace the gradients by those at the perturbed point; buffers and logged values stay those of the first pass."""
-    engine.perturb(group)
+    engine.run(engine.perturb(group))
     with _unnoticed(module):
         closure()
-    engine.restore(group)
 
 
 @contextmanager
