@@ -1,6 +1,6 @@
 """Decentralized and communication-efficient training for PyTorch Lightning."""
 
-from lightning_dopt import compress, optim, outer, plans, topology
+from lightning_dopt import compress, optim, outer, plans, sharded, topology
 from lightning_dopt.apply import Blocking, Delay, Lerp, OneRound, Rebase, Replace
 from lightning_dopt.combine import (
     Chebyshev,
@@ -79,6 +79,7 @@ from lightning_dopt.strategies import (
     LocalSGDStrategy,
     LoFiStrategy,
     ReplicaStrategy,
+    ShardedStrategy,
     register,
 )
 
@@ -160,6 +161,7 @@ __all__ = [  # noqa: RUF022
     "Ring",
     "RobustTracking",
     "SAM",
+    "ShardedStrategy",
     "Sign",
     "SimulatedWorld",
     "Simulation",
@@ -176,5 +178,6 @@ __all__ = [  # noqa: RUF022
     "optim",
     "outer",
     "plans",
+    "sharded",
     "topology",
 ]

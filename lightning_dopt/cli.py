@@ -22,7 +22,7 @@ from lightning_dopt import show, topology
 from lightning_dopt.comm import Link
 from lightning_dopt.forecast import square_layers
 from lightning_dopt.plan import Plan
-from lightning_dopt.strategies import NAMES
+from lightning_dopt.strategies import NAMES, WITHOUT_PLAN
 from lightning_dopt.topology import NodeRule, Topology
 
 HELP = """usage: dopt COMMAND ...
@@ -79,7 +79,7 @@ class DoptCLI(LightningCLI):
             raise BadInputError(f"--ckpt_path={checkpoint}: no such file")
         strategy = config.trainer.strategy
         if isinstance(strategy, str) and strategy.lower() not in {"auto", *StrategyRegistry.available_strategies()}:
-            known = f"one of {', '.join(NAMES)}, a name of Lightning's (auto, ddp, fsdp, ...)"
+            known = f"one of {', '.join([*NAMES, *WITHOUT_PLAN])}, a name of Lightning's (auto, ddp, fsdp, ...)"
             raise BadInputError(f"unknown strategy {strategy!r}: {known}, or a class path with arguments")
         try:
             super().instantiate_classes()
@@ -103,7 +103,7 @@ def train(arguments: Sequence[str] | None) -> None:
 def list_command(arguments: Sequence[str]) -> str:
     """``dopt list``."""
     _OneLine(prog="dopt list", description="All methods with their papers, and all parts.").parse_args(list(arguments))
-    return show.listing(NAMES)
+    return show.listing(NAMES, WITHOUT_PLAN)
 
 
 def describe_command(arguments: Sequence[str]) -> str:

@@ -100,17 +100,19 @@ def shapes_of(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], int]:
 # ---------------------------------------------------------------------- the four texts
 
 
-def listing(registered: Iterable[str]) -> str:
+def listing(registered: Iterable[str], others: Mapping[str, str]) -> str:
     """All methods with their papers, and all parts.
 
     Args:
-        registered: Names that ``Trainer(strategy=...)`` knows.
+        registered: Names of methods that ``Trainer(strategy=...)`` knows.
+        others: Names of strategies without a plan, and what they are.
     """
     known = set(registered)
     lines = ["methods (* Trainer(strategy=NAME); all of them: ReplicaStrategy(plan=lightning_dopt.plans.NAME(...)))"]
     for name, function in methods().items():
         lines.append(f"  {name + ('*' if name in known else ''):<22}{title(function)}")
         lines.append(f"  {'':<22}{' '.join(papers(function))}")
+    lines += ["", "strategies without a plan", *(f"  {name + '*':<22}{text}" for name, text in others.items())]
     for kind, members in parts().items():
         lines += ["", kind, *(f"  {name:<24}{cls.__name__:<24}{title(cls)}" for name, cls in members.items())]
     return "\n".join(lines)

@@ -31,6 +31,7 @@ from lightning_dopt.compress import (
     Natural,
     RandK,
     RandomProjection,
+    RandomShift,
     Sign,
     TernGrad,
     Threshold,
@@ -64,6 +65,8 @@ COMPRESSORS: list[Compressor] = [
     QSGD(127),
     TernGrad(),
     TernGrad(block=5, clip=2.5),
+    RandomShift(),
+    RandomShift(4, block=31),
     Sign(),
     Sign(block=100),
     TopK(0.1),
@@ -90,7 +93,7 @@ COMPRESSORS: list[Compressor] = [
     RandomProjection(0.9),
     LowRank(2),
 ]
-SEEDED = ("RandK", "CountSketch", "RandomProjection")  # the receivers need the seed
+SEEDED = ("RandK", "CountSketch", "RandomProjection", "RandomShift")  # the receivers need the seed
 SHAPES = [(1,), (7,), (255,), (256,), (257,), (4097,), (16, 24), (40, 3, 13), ()]
 KINDS = ["gauss", "heavy", "one", "constant", "zero"]
 

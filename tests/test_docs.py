@@ -14,7 +14,20 @@ import torch
 import yaml
 
 import lightning_dopt
-from lightning_dopt import Plan, Sync, Until, asynchronous, callbacks, combine, compress, local, outer, plans, topology
+from lightning_dopt import (
+    Plan,
+    Sync,
+    Until,
+    asynchronous,
+    callbacks,
+    combine,
+    compress,
+    local,
+    outer,
+    plans,
+    sharded,
+    topology,
+)
 from lightning_dopt.forecast import forecast
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +141,7 @@ def test_every_page_is_in_the_menu() -> None:
 def public() -> set[str]:
     top = {k for k, v in vars(lightning_dopt).items() if not k.startswith("_") and not isinstance(v, ModuleType)}
     parts = {k for k, v in vars(outer).items() if isinstance(v, type) and v.__module__ == outer.__name__}
-    modules = (topology, compress, plans, combine, local, callbacks, asynchronous)
+    modules = (topology, compress, plans, combine, local, callbacks, asynchronous, sharded)
     return top | parts | {name for module in modules for name in module.__all__}
 
 

@@ -173,6 +173,7 @@ def on_ranks(job: Callable[[int], T], n: int = 2, timeout: float = 60.0) -> list
 
 def _serve(job: Callable[[int], Any], rank: int, n: int, folder: Path) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)  # threads that find the parent's pool broken must not all mend it at once
     quiet()
     try:
         dist.init_process_group(

@@ -26,6 +26,7 @@ from lightning_dopt.compress.memory import (
 from lightning_dopt.compress.noise import GaussianNoise
 from lightning_dopt.compress.quantize import Int4, Int8
 from lightning_dopt.compress.registry import by_name, names
+from lightning_dopt.compress.shift import RandomShift
 from lightning_dopt.compress.sign import Sign
 from lightning_dopt.compress.sketch import CountSketch, RandomProjection
 from lightning_dopt.compress.sparse import RandK, TopK
@@ -64,6 +65,7 @@ __all__ = [
     "Natural",
     "RandK",
     "RandomProjection",
+    "RandomShift",
     "Sign",
     "TernGrad",
     "Threshold",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_dopt.sharded import ShardCodecs, qsdp, zeropp
 from lightning_dopt.strategies.async_gossip import AsyncGossipStrategy
 from lightning_dopt.strategies.named import (
     NAMES,
@@ -14,9 +17,11 @@ from lightning_dopt.strategies.named import (
     LoFiStrategy,
 )
 from lightning_dopt.strategies.replica import ReplicaStrategy
+from lightning_dopt.strategies.sharded import ShardedStrategy
 
 __all__ = [
     "NAMES",
+    "WITHOUT_PLAN",
     "AsyncGossipStrategy",
     "CompressedDDPStrategy",
     "DiLoCoStrategy",
@@ -24,15 +29,29 @@ __all__ = [
     "LoFiStrategy",
     "LocalSGDStrategy",
     "ReplicaStrategy",
+    "ShardedStrategy",
     "register",
 ]
 
 
+WITHOUT_PLAN = {
+    "async_gossip": "pairs of ranks average in the background while each trains at its own pace",
+    "sharded": "FSDP2 with counted messages; its arguments compress them",
+    "qsdp": "FSDP2 with unbiased 8-bit weights and gradients",
+    "zeropp": "FSDP2 with int8 weights and int4 gradients in blocks, ZeRO++'s qwZ and qgZ",
+}
+"""The names under which ``Trainer(strategy=...)`` knows strategies that follow no plan."""
+
+
 def register() -> None:
-    """Make the names known to ``Trainer(strategy=...)``: each as it is, and with ``_notebook`` (forked processes)."""
+    """Make the names known to ``Trainer(strategy=...)``: each as it is and, but for sharded ones, with ``_notebook``."""
     for name, cls in (NAMES | {"async_gossip": AsyncGossipStrategy}).items():
         text = (cls.__doc__ or "").splitlines()[0]
         if name not in StrategyRegistry:
             StrategyRegistry.register(name, cls, description=text)
         if f"{name}_notebook" not in StrategyRegistry:
             StrategyRegistry.register(f"{name}_notebook", cls, description=f"{text} (notebooks)", start_method="fork")
+    for name, codecs in (("sharded", ShardCodecs()), ("qsdp", qsdp()), ("zeropp", zeropp())):
+        if name not in StrategyRegistry:
+            parts: dict[str, Any] = {"weights": codecs.weights, "gradients": codecs.gradients}
+            StrategyRegistry.register(name, ShardedStrategy, description=WITHOUT_PLAN[name], **parts)

@@ -6,7 +6,8 @@ fails then, so that it is noticed. What resuming needs of Lightning's loops is i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -80,3 +81,26 @@ def with_weights(checkpoint: dict[str, Any], weights: dict[str, Any]) -> dict[st
 def averages_weights(callback: Any) -> bool:
     """Whether a callback is Lightning's ``WeightAveraging`` (since 2.6) or derived from it."""
     return any(cls.__name__ == "WeightAveraging" for cls in type(callback).__mro__)
+
+
+def shard_over(strategy: Any, size: int) -> None:
+    """Let a ``ModelParallelStrategy`` shard over all ranks: its sizes are arguments, but not known when they are given."""
+    strategy._data_parallel_size, strategy._tensor_parallel_size = size, 1
+
+
+@contextmanager
+def configures_model(module: Any) -> Iterator[None]:
+    """Within it, ``ModelParallelStrategy`` believes that a module has a ``configure_model`` of its own.
+
+    It refuses modules without, since nothing would be sharded; here the strategy has done so itself.
+    """
+    had = "configure_model" in vars(module)
+    before = module.configure_model
+    module.configure_model = lambda: None
+    try:
+        yield
+    finally:
+        if had:
+            module.configure_model = before
+        else:
+            del module.configure_model

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from lightning.pytorch import LightningModule
 
+from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.comm.world import World
 from lightning_dopt.engine import Engine
 
@@ -43,19 +46,30 @@ class Meter:
         """Log the numbers of the step just done: some in the progress bar, some every ``log_every_n_steps`` only."""
         self._passed = False
         ledger, clock = self.world.ledger, self.world.clock
-        shown: dict[str, float] = {"comm/bytes": ledger.bytes, "comm/stall_s": ledger.stall_s}
-        if distance is not None:
-            shown["consensus/distance"] = distance
+        shown = {"consensus/distance": distance} if distance is not None else {}
         quiet: dict[str, float] = {}
-        if engine.step % max(1, getattr(module.trainer, "log_every_n_steps", 1)) == 0:
-            quiet = {"comm/bytes_per_step": ledger.bytes / engine.step, "comm/overhead_bytes": ledger.overhead}
-            quiet |= {f"comm/bytes/{label}": entry.bytes for label, entry in ledger.entries.items() if entry.bytes}
         if self.world.links is not None:
             quiet |= {"comm/lost_peers": len(self.world.lost), "comm/skipped": ledger.skipped}
         if clock is not None:
             quiet |= {"comm/link_s": clock.now, "comm/link_stall_s": clock.stall_s}
-        for name, value in (shown | quiet).items():
-            module.log(name, exact(value), prog_bar=name in shown, on_step=True, on_epoch=False)
+        log_ledger(module, ledger, engine.step, shown, quiet)
+
+
+def log_ledger(
+    module: LightningModule,
+    ledger: Ledger,
+    steps: int,
+    shown: Mapping[str, float] = MappingProxyType({}),
+    quiet: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """Log what a ledger has counted in so many steps, with further numbers, of which ``shown`` go to the progress bar."""
+    shown = {"comm/bytes": ledger.bytes, "comm/stall_s": ledger.stall_s, **shown}
+    seldom: dict[str, float] = {}
+    if steps % max(1, getattr(module.trainer, "log_every_n_steps", 1)) == 0:
+        seldom = {"comm/bytes_per_step": ledger.bytes / steps, "comm/overhead_bytes": ledger.overhead}
+        seldom |= {f"comm/bytes/{label}": entry.bytes for label, entry in ledger.entries.items() if entry.bytes}
+    for name, value in {**shown, **seldom, **quiet}.items():
+        module.log(name, exact(value), prog_bar=name in shown, on_step=True, on_epoch=False)
 
 
 def exact(number: float) -> torch.Tensor:
