@@ -51,7 +51,7 @@ from lightning_dopt.local import (
 )
 from lightning_dopt.outer import HeavyBall, Nesterov
 from lightning_dopt.plan import Plan, Sync
-from lightning_dopt.schedules import After, AtEnd, Bernoulli, Drifted, Either, Every, Until
+from lightning_dopt.schedules import QSR, After, AtEnd, Bernoulli, Drifted, Either, Every, Until
 from lightning_dopt.simulate import Simulation
 from lightning_dopt.topology import (
     Complete,
@@ -149,6 +149,7 @@ __all__ = [  # noqa: RUF022
     "ProcessGroupWorld",
     "Prox",
     "PushSum",
+    "QSR",
     "QuasiGlobalMomentum",
     "RandK",
     "RandomPairs",

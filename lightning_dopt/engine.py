@@ -18,7 +18,7 @@ from lightning_dopt.local.base import Context
 from lightning_dopt.lost_peers import check_links
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import LaneRunner, SyncRunner
-from lightning_dopt.schedules import Drifted
+from lightning_dopt.schedules import QSR, Drifted
 from lightning_dopt.slots import FlatBuffers, FlatGradients, FlatTensors, Lane, buckets, tracker_lane
 from lightning_dopt.topology.weights import RowNormalised
 from lightning_dopt.what import OptimizerState
@@ -80,6 +80,8 @@ class Engine:
         self.step = 0
         self._begun = False
         self._far: dict[str, bool] = {}
+        self._ends: dict[str, int] = {}
+        self.lr = lr or _no_lr
         self.optimizer_state = optimizer_state
         self.groups = [list(g) for g in gradient_groups] if gradient_groups is not None else [list(self.parameters)]
         chosen = [self._selected(s) for s in plan if s.what.slot in ("parameters", "gradients", "tracker", "reference")]
@@ -90,7 +92,7 @@ class Engine:
             world.size,
             self.flat.lanes,
             self.parameters,
-            lr or _no_lr,
+            self.lr,
             optimizer_state or _no_state,
             self.means,
         )
@@ -183,7 +185,7 @@ class Engine:
         if any(self.gradients):
             return True
         waiting = any(lane.due(step) for r in self.runners for lane in r.lanes)
-        return waiting or any(r.sync.when.due(step) for r in [*self.between, *self.runners])
+        return waiting or any(self._may_be_due(r.sync, step) for r in [*self.between, *self.runners])
 
     def meets(self, step: int | None = None) -> bool:
         """Whether all ranks wait for all at optimizer step ``step`` (default: the coming one), as in an all-reduce.
@@ -211,10 +213,11 @@ class Engine:
         if self._begun:
             return
         self._begun = True
+        self._begin_rounds()
         step = self.world.step = self.step + 1
         for runner in self.runners:
             order = getattr(runner.sync.apply, "order", "atc")
-            if order != "atc" and runner.sync.when.due(step):
+            if order != "atc" and self._may_be_due(runner.sync, step):
                 self.flat.reclaim()
                 runner.send(step)
                 if order == "cta":
@@ -317,6 +320,7 @@ class Engine:
 
     def after_step(self) -> Talk[None]:
         """After the optimizer step (also one that loss scaling skipped): the tick."""
+        self._begin_rounds()
         self.step += 1
         step = self.world.step = self.step
         self._begun = False
@@ -340,7 +344,19 @@ class Engine:
     def _due(self, sync: Sync, step: int) -> bool:
         """Whether the sync belongs to this step; for schedules that measure, whether the distance is above theirs."""
         when = sync.when
-        return when.due(step) and (not isinstance(when, Drifted) or self._far[repr(when)])
+        return self._may_be_due(sync, step) and (not isinstance(when, Drifted) or self._far[repr(when)])
+
+    def _may_be_due(self, sync: Sync, step: int) -> bool:
+        """Whether the sync belongs to this step, or is measured at it; yes if nobody knows yet how long its round will be."""
+        when = sync.when
+        return step >= self._ends.get(repr(when), 0) if isinstance(when, QSR) else when.due(step)
+
+    def _begin_rounds(self) -> None:
+        """Where the coming step begins a round whose length depends on the learning rate, read it now."""
+        for runner in self.runners:
+            when = runner.sync.when
+            if isinstance(when, QSR) and self.step >= self._ends.get(repr(when), 0):
+                self._ends[repr(when)] = self.step + when.length(self.lr(next(iter(self.parameters))), self.step)
 
     def _measure(self, step: int) -> Talk[None]:
         """Ask once per step how far replicas are apart, if a schedule wants to know."""
@@ -437,6 +453,7 @@ class Engine:
             "plan": repr(self.plan),
             "step": self.step,
             "begun": self._begun,
+            "ends": dict(self._ends),
             "runners": [r.state_dict() for r in self._all_runners()],
             "corrections": [c.state() for c in self.corrections],
             "ledger": self.world.ledger.state_dict(),
@@ -452,6 +469,7 @@ class Engine:
         if state["plan"] != repr(self.plan):
             raise ValueError(f"checkpoint was written by another plan: {state['plan']}, this run has {self.plan!r}")
         self.step, self._begun = int(state["step"]), bool(state["begun"])
+        self._ends = dict(state["ends"])
         for runner, saved in zip(self._all_runners(), state["runners"], strict=True):
             runner.load_state_dict(saved)
         for correction, tensors in zip(self.corrections, state["corrections"], strict=True):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -75,6 +76,7 @@ def forecast(
     step_seconds: float | Sequence[float] = 0.0,
     buffers: int = 0,
     dtype: torch.dtype = torch.float32,
+    lr: Callable[[int], float] | None = None,
 ) -> Forecast:
     """What ``steps`` optimizer steps of a plan will cost, end of training included.
 
@@ -92,6 +94,8 @@ def forecast(
         step_seconds: Seconds that one inner step takes, one number or one per rank.
         buffers: Number of floating point elements in the module's buffers, if they are averaged.
         dtype: Type of the parameters.
+        lr: Learning rate after so many completed steps, for schedules that read it (``QSR``); with ``None`` their rounds are
+            as short as they get.
 
     Raises:
         ValueError: a plan that does not suit ``n``, parameters it does not find, or a number out of range.
@@ -104,7 +108,7 @@ def forecast(
         raise ValueError(f"forecast(step_seconds={step_seconds!r}): must be one number of at least 0, or {n} of them")
     world = _AllRanks(n, link or Link())
     named = {name: torch.empty(tuple(shape), dtype=dtype, device=_META) for name, shape in parameters.items()}
-    engine = _SizedEngine(plan, named, world, {"buffers": torch.empty(buffers, device=_META)})
+    engine = _SizedEngine(plan, named, world, {"buffers": torch.empty(buffers, device=_META)}, lr)
     memory, peak = engine.memory(), 0
     for _ in range(steps):
         before = [worker.ledger.bytes for worker in world.workers]
@@ -360,9 +364,21 @@ class _NoCopy(FlatGradients):
 class _SizedEngine(Engine):
     """The engine over tensors without contents."""
 
-    def __init__(self, plan: Plan, parameters: dict[str, Tensor], world: _AllRanks, buffers: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        parameters: dict[str, Tensor],
+        world: _AllRanks,
+        buffers: dict[str, Tensor],
+        lr: Callable[[int], float] | None,
+    ) -> None:
         super().__init__(
-            plan, parameters, world, buffers, lambda _: 1.0, lambda name, _: torch.empty_like(parameters[name])
+            plan,
+            parameters,
+            world,
+            buffers,
+            lambda _: lr(self.step) if lr is not None else math.inf,
+            lambda name, _: torch.empty_like(parameters[name]),
         )
         self._bound, self.corrections = self.corrections, []  # they move no bytes
         self._copies = sum(_size(copy.lane.live) for gradient in self.gradients[0] for copy in gradient.copies)

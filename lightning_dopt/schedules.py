@@ -23,6 +23,9 @@ class When(Part, ABC):
     measured: bool = False
     """Whether the engine measures how far replicas are apart before it decides."""
 
+    reads_lr: bool = False
+    """Whether the length of a round depends on the learning rate, which the engine reads when the round begins."""
+
     @abstractmethod
     def due(self, step: int) -> bool:
         """Whether the sync belongs to optimizer step ``step`` (1 is the first)."""
@@ -100,11 +103,62 @@ class Drifted(When):
         return self.when.due(step)
 
 
+class QSR(When):
+    """Quadratic synchronization rule: rounds grow as the learning rate falls, ``H = max(base, floor((alpha / lr)^power))``.
+
+    The rate is read when a round begins: after the average and after a scheduler has moved on. It is that of the first
+    trainable parameter (the first group of the optimizer in most models). All ranks must have the same, so a strategy refuses
+    schedulers that follow a metric. A rate of 0 tells nothing: such a round has ``base`` steps.
+
+    Args:
+        alpha: Growth: about 0.0175 for AdamW with a peak of 0.008, 0.2 to 0.3 for SGD. Rounds are longer than ``base`` where the
+            rate is below ``alpha / base^(1 / power)``; 0 keeps them at ``base``.
+        base: Length of the shortest round, in optimizer steps.
+        power: 2 is the rule; 1 and 3 are the alternatives the paper compares with.
+        warmup: Rounds that begin in the first ``warmup`` steps have ``base`` steps, however small the rate.
+        steps: Optimizer steps of the whole run: the last round ends there. ``None``: add a sync with ``AtEnd()``.
+
+    Raises:
+        ValueError: an option out of range.
+
+    Source: Gu et al., "A Quadratic Synchronization Rule for Distributed Deep Learning", arXiv 2310.14423.
+    """
+
+    reads_lr = True
+
+    def __init__(
+        self, alpha: float, base: int = 4, power: float = 2.0, warmup: int = 0, steps: int | None = None
+    ) -> None:
+        self.alpha = check_float("QSR", "alpha", alpha, 0.0)
+        self.base = check_int("QSR", "base", base, 1)
+        self.power = check_float("QSR", "power", power, 0.0, open_low=True)
+        self.warmup = check_int("QSR", "warmup", warmup, 0)
+        self.steps = steps if steps is None else check_int("QSR", "steps", steps, 1)
+
+    def due(self, step: int) -> bool:
+        """Whether a sync may belong to ``step``; the engine knows when the round ends."""
+        return step >= 1
+
+    def length(self, lr: float, step: int) -> int:
+        """Steps of the round that begins after ``step`` completed steps, at the learning rate ``lr`` of the coming step."""
+        length = self.base
+        if lr > 0 and step >= self.warmup:
+            ratio = self.alpha / lr
+            grown = min(ratio, _FOREVER ** (1.0 / self.power)) ** self.power
+            length = max(self.base, int(grown))
+        return length if self.steps is None else max(1, min(length, self.steps - step))
+
+
+_FOREVER = 1e9
+
+
 def _unmeasured(owner: str, when: When) -> When:
     if when.measured:
         raise ValueError(
             f"{owner}(when={when!r}): cannot hold a schedule that measures; put it inside: Drifted(when=...)"
         )
+    if when.reads_lr:
+        raise ValueError(f"{owner}(when={when!r}): cannot hold a schedule that reads the learning rate")
     return when
 
 

@@ -221,6 +221,7 @@ def test_exactness_of_the_table(name: str) -> None:
         "post_local_sgd": {"start": 20},
         "desloc": {"states": {"momentum_buffer": 512}},
         "mt_dao": {"states": {"momentum_buffer": 32}},
+        "savic": {"scope": "local"},
     }
     plan = getattr(plans, name)(**special.get(name, {}))
     momentum = 0.5 if name in ("qg_dsgdm", "dmsgd", "desloc", "mt_dao") else 0.0

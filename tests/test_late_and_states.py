@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dopt import CoordinateClip, Every, HeavyBall, Plan, Sync, outer, plans
 from lightning_dopt.forecast import forecast
-from lightning_dopt.optim import MultiMomentumAdam, StaleMomentum
+from lightning_dopt.optim import FrozenScaling, MultiMomentumAdam, StaleMomentum
 
 # ---------------------------------------------------------------------- SlowMo, post-local SGD
 
@@ -326,6 +326,9 @@ def test_every_momentum_has_a_period_of_its_own() -> None:
         (lambda: plans.mt_dao(0), r"mt_dao\(sync_every=0\)"),
         (lambda: plans.co2(penalty=0.5), r"co2\(penalty=0.5\)"),
         (lambda: plans.co2(clip=-1.0), r"co2\(clip=-1.0\)"),
+        (lambda: plans.savic(0), r"savic\(sync_every=0\)"),
+        (lambda: plans.savic(scope="all"), r"savic\(scope='all'\)"),  # type: ignore[arg-type]
+        (lambda: FrozenScaling([torch.zeros(1)], floor=0.0), r"FrozenScaling\(floor=0.0\)"),
         (lambda: plans.slowmo(outer_momentum=1.0), r"slowmo\(outer_momentum=1.0\)"),
         (lambda: plans.post_local_sgd(start=0), r"post_local_sgd\(start=0\)"),
         (lambda: CoordinateClip(0.0), r"CoordinateClip\(bound=0.0\)"),
@@ -341,3 +344,56 @@ def test_bad_options_are_refused_in_one_line(make: object, said: str) -> None:
 
 def test_heavy_ball_outer_is_allowed_beside_states() -> None:
     assert plans.desloc(4, outer=HeavyBall()).syncs[0].outer == HeavyBall()
+
+
+# ---------------------------------------------------------------------- SAVIC
+
+
+def frozen(every: int, lr: float = 0.05, **options: float | bool) -> object:
+    return lambda ps: FrozenScaling(ps, lr, every, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("h", [1, 3])
+def test_savic_follows_its_pseudo_code(h: int, squared: bool) -> None:
+    problem, beta, floor = p2(), 0.6, 0.3
+    live = path(problem, plans.savic(h), 24, frozen(h, beta=beta, floor=floor, squared=squared))  # type: ignore[arg-type]
+    x, scale = torch.zeros(8, 5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    for step in range(1, 25):
+        g = torch.stack([problem.gradient(i, x[i]) for i in range(8)])
+        x = x - 0.05 * g / (scale.sqrt() if squared else scale).clamp(min=floor)
+        if step % h == 0:
+            x = x.mean(0).expand(8, 5)
+            s = g.mean(0).square() if squared else g.mean(0).abs()
+            scale = s if step == h else beta * scale + (1 - beta) * s
+        close(live[step], x)
+
+
+def test_savic_with_an_even_scaling_is_local_sgd_and_local_scalings_differ() -> None:
+    inner = frozen(4, beta=0.9, floor=1e3, lr=50.0)  # the floor is above all statistics: D = 1000 from the start
+    close(path(p2(), plans.savic(4), 24, inner), path(p2(), plans.local_sgd(4), 24, 0.05))  # type: ignore[arg-type]
+
+    def scales(scope: str) -> Tensor:
+        sim = p2().simulate(plans.savic(4, scope), frozen(4)).run(9)  # type: ignore[arg-type]
+        return torch.stack([o.state[r["x"]]["scale"] for o, r in zip(sim.optimizers, sim.replicas, strict=True)])
+
+    assert float(scales("global").std(0).max()) == 0.0
+    assert float(scales("local").std(0).min()) > 0.0
+    assert plans.savic(4, "local") == plans.local_sgd(4)
+
+
+def test_the_right_scaling_contracts_all_coordinates_alike() -> None:
+    curvature = torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64)
+    x = torch.ones(3, dtype=torch.float64)
+    opt = FrozenScaling([x], lr=0.2, every=5, beta=1.0)
+    opt.state[x] = {"step": torch.tensor(10.0), "scale": curvature.square(), "statistic": torch.zeros_like(x)}
+    for _ in range(5):
+        x.grad = curvature * x
+        opt.step()
+    close(x, torch.full((3,), 0.8**5, dtype=torch.float64))
+
+
+def test_a_statistic_doubles_the_bytes() -> None:
+    shapes = {"x": (64, 64)}
+    one, two = (forecast(plans.savic(8, scope), 4, shapes, 32).bytes[0] for scope in ("local", "global"))
+    assert two == 2 * one

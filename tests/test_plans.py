@@ -34,6 +34,8 @@ MADE: dict[str, Callable[[], Plan]] = {name: getattr(plans, name) for name in pl
     "noloco with another pull": lambda: plans.noloco(5, gamma=0.4),
     "co2": lambda: plans.co2(5, 0.8),
     "co2 aware of gaps": lambda: plans.co2(5, 0.5, 0.3, gap_aware=True),
+    "qsr": lambda: plans.qsr(0.05, 2),
+    "savic": lambda: plans.savic(4, "local"),
     "desloc": lambda: plans.desloc(4, {"momentum_buffer": 8}, clip=2.0),
     "mt_dao": lambda: plans.mt_dao(4, {"momentum_buffer": 4}),
     "dmsgd mixed": lambda: plans.dmsgd(mix_momentum=True),

@@ -17,9 +17,11 @@ from lightning_dopt.plans.local_sgd import local_sgd
 from lightning_dopt.plans.masha import masha
 from lightning_dopt.plans.momentum import decentlam, dmsgd, qg_dsgdm
 from lightning_dopt.plans.noloco import noloco
+from lightning_dopt.plans.qsr import qsr
 from lightning_dopt.plans.relay_sgd import relay_sgd
 from lightning_dopt.plans.riemannian import drcgd, riemannian_tracking
 from lightning_dopt.plans.robust_tracking import robust_tracking
+from lightning_dopt.plans.savic import savic
 from lightning_dopt.plans.single_merge import single_merge
 from lightning_dopt.plans.slowmo import post_local_sgd, slowmo
 from lightning_dopt.plans.streaming_diloco import streaming_diloco
@@ -32,6 +34,7 @@ __all__ = [  # noqa: RUF022  (by family)
     "local_sgd",
     "post_local_sgd",
     "slowmo",
+    "qsr",
     "streaming_diloco",
     "eager_diloco",
     "delayed_diloco",
@@ -39,6 +42,7 @@ __all__ = [  # noqa: RUF022  (by family)
     "co2",
     "desloc",
     "mt_dao",
+    "savic",
     "single_merge",
     "gossip",
     "dmsgd",

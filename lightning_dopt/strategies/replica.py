@@ -188,6 +188,7 @@ class ReplicaStrategy(Collectives):
         assert world is not None
         world.ledger = Ledger()
         world.clock = LinkClock(self.link) if self.link is not None else None
+        start.refuse_metric_schedulers(self.plan, self.lr_scheduler_configs)
         if not self._checkpoints.restored:
             with self._answers("broadcast of the start"):
                 start.share_start(module)

@@ -57,6 +57,21 @@ def refuse_unequal_loaders(batches: float, size: int) -> None:
         )
 
 
+def refuse_metric_schedulers(plan: Plan, schedulers: list[Any]) -> None:
+    """Refuse schedulers that follow a metric, which may differ between ranks, where rounds depend on the learning rate.
+
+    Raises:
+        ValueError: there is one.
+    """
+    reading = [sync.when for sync in plan if sync.when.reads_lr]
+    for config in schedulers:
+        if reading and getattr(config, "reduce_on_plateau", False):
+            raise ValueError(
+                f"Sync(when={reading[0]!r}): {type(config.scheduler).__name__} follows a metric, so that ranks may disagree on the "
+                "learning rate and wait for each other for ever; use a schedule of the step"
+            )
+
+
 def warn_of_averages(plan: Plan, size: int, callbacks: list[Any]) -> None:
     """Warn where ``WeightAveraging`` averages replicas that differ."""
     shared = any(s.what.slot == "gradients" and s.peers.is_mean(size) for s in plan)
