@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dopt._random import key
+from lightning_dopt.apply import Blocking
 from lightning_dopt.comm.world import Pending, Talk, World
 from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Share
@@ -147,21 +148,41 @@ class Channel:
         if self.sums:
             if wire.need_own:
                 wire.own = self.packing.roundtrip(value, seed, seed)
-            own, mixed = yield from self._summed(value, seed)
-            if self.memory is not None:
-                self.memory.sent(own, self.memory_state)
+            own, mixed = yield from self._summed(value, seed, wire)
         else:
             payload = self._pack(value, seed)
-            if self.memory is not None or wire.need_own:
-                wire.own = own = torch.zeros_like(value)
-                self._unpack_add(payload, seed, own, 1.0)
-                if self.memory is not None:
-                    self.memory.sent(own, self.memory_state)
+            own = self._noted(payload, value, seed, wire)
             mixed = yield from self._exchanged(payload, seed, round_, message, self.take(wire.buffers))
         if self.memory is None:
             return mixed
         assert own is not None
         return self.memory.received(mixed, own, message, self.memory_state)
+
+    def _noted(self, payload: Tensor, value: Tensor, seed: int, wire: _RoundWire) -> Tensor | None:
+        """What receivers decode of this rank's message, if anybody needs it; the memory takes note of it.
+
+        A memory that only adds it to one of its tensors gets it decoded there: no vector in between, and of a sparse
+        message only the elements sent are touched. Then nobody looks at what is returned, and it is empty.
+        """
+        if self.memory is None and not wire.need_own:
+            return None
+        moved = self._moved()
+        if moved is not None and not wire.need_own and all(piece.scale == 1.0 for piece in self.packing.pieces):
+            self._unpack_add(payload, seed, *moved)
+            return value.new_empty(0)
+        wire.own = own = torch.zeros_like(value)
+        self._unpack_add(payload, seed, own, 1.0)
+        if self.memory is not None:
+            self.memory.sent(own, self.memory_state)
+        return own
+
+    def _moved(self) -> tuple[Tensor, float] | None:
+        """The memory's tensor that the own message is added to, and the factor, if that is all that becomes of it."""
+        memory = self.memory
+        if memory is None or memory.moved is None or type(memory).sent is not Memory.sent:
+            return None
+        name, factor = memory.moved
+        return self.memory_state[name], factor
 
     def _plain_mean(self, message: Tensor) -> Talk[Tensor]:
         if self.world.size == 1:
@@ -169,8 +190,13 @@ class Channel:
         total = yield self.world.all_reduce(message, self.label)
         return total.mul_(1.0 / len(self.world.present))
 
-    def _summed(self, value: Tensor, seed: int) -> Talk[tuple[Tensor, Tensor]]:
-        rounds = self.packing.rounds(value, self.codec_state, seed, self.world.size)
+    def _summed(self, value: Tensor, seed: int, wire: _RoundWire) -> Talk[tuple[Tensor, Tensor]]:
+        moved = self._moved()
+        if self.compressor.layerwise and not isinstance(self.sync.apply, Blocking):
+            value = value.clone()  # the codec looks at it again when a memory may have loaded the next message into it
+            moved = None
+        out = self.take(wire.buffers) if self.compressor.layerwise else None
+        rounds = self.packing.rounds(value, self.codec_state, seed, self.world.size, out, moved)
         try:
             part = next(rounds)
             while True:
@@ -178,7 +204,10 @@ class Channel:
                     part = yield self.world.all_reduce(part, self.label)
                 part = rounds.send(part)
         except StopIteration as stop:
-            return stop.value
+            own, mean = stop.value
+        if self.memory is not None and moved is None:
+            self.memory.sent(own, self.memory_state)
+        return own, mean
 
     def _exchanged(self, payload: Tensor, seed: int, round_: int, message: Tensor, out: Tensor) -> Talk[Tensor]:
         world, peers = self.world, self.sync.peers

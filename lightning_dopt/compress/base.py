@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -112,18 +113,54 @@ class Compressor(Codec):
         states: Sequence[dict[str, Tensor]],
         seed: int,
         size: int,
+        room: Room | None = None,
     ) -> ManyRounds:
         """:meth:`rounds` for several tensors, each with a codec of this class and a state of its own, in joint sums.
 
-        Returns what this rank contributed and the mean of all contributions, in the order and shapes of ``xs``.
+        Returns what this rank contributed and the mean of all contributions, in the order and shapes of ``xs``; with
+        ``room`` they are put there instead.
         """
         talks = [c.rounds(x, s, key(seed, k), size) for k, (c, x, s) in enumerate(zip(codecs, xs, states, strict=True))]
         results = yield from together(talks)
-        return [own for own, _ in results], [mean for _, mean in results]
+        owns, means = [own for own, _ in results], [mean for _, mean in results]
+        return (owns, means) if room is None else room.filled(owns, means)
 
 
 Share = tuple[Compressor, list[int]]
 Rounds = Generator[Tensor, Tensor, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where :meth:`Compressor.rounds_many` puts its results: contiguous tensors in the shapes of the signals.
+
+    Attributes:
+        means: Overwritten by the means.
+        owns: What this rank contributed is added to these, ``factor`` times. They may be the signals themselves: with the
+            factor -1 what remains is the residual of error feedback, made in place.
+        factor: 1 or -1; ``None`` overwrites them.
+    """
+
+    means: Sequence[Tensor]
+    owns: Sequence[Tensor]
+    factor: float | None = None
+
+    def filled(self, owns: Sequence[Tensor], means: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """With these contributions and means put in their places."""
+        for place, mean in zip(self.means, means, strict=True):
+            place.copy_(mean)
+        for k in range(len(owns)):
+            self.put(k, owns[k])
+        return list(self.owns), list(self.means)
+
+    def put(self, k: int, own: Tensor) -> None:
+        """What this rank contributed to tensor ``k``."""
+        if self.factor is None:
+            self.owns[k].copy_(own)
+        else:
+            self.owns[k].add_(own, alpha=self.factor)
+
+
 ManyRounds = Generator[Tensor, Tensor, tuple[list[Tensor], list[Tensor]]]
 
 

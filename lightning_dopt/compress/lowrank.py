@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_dopt._checks import check_float, check_int
+from lightning_dopt.compress._thin import add_products, times, transposed_times
 from lightning_dopt.compress._wire import as_bytes, check_length, section
-from lightning_dopt.compress.base import Compressor, ManyRounds, Rounds, Shape, join, numel, split
+from lightning_dopt.compress.base import Compressor, ManyRounds, Room, Rounds, Shape, join, numel, split
 
 
 class LowRank(Compressor):
@@ -80,12 +81,16 @@ class LowRank(Compressor):
             return as_bytes(flat)
         a, b, r = matrix
         m = flat.reshape(a, b)
-        largest = m.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
-        m = m / largest
-        p = orthonormal(m @ _gaussian(b, r, torch.Generator().manual_seed(seed), m))
-        q = m.T @ p
+        low, high = m.aminmax()
+        largest = torch.maximum(-low, high).clamp_(min=torch.finfo(torch.float32).tiny)
+        if 2.0**-32 <= float(largest) <= 2.0**32:  # no sum on the way leaves float32, and a copy of the matrix is saved
+            unit = torch.ones_like(largest)
+        else:
+            unit, m = largest, m / largest
+        p = orthonormal(times([m], _gaussian(b, r, torch.Generator().manual_seed(seed), m)[None]))
+        q = transposed_times([m], p)
         root = largest.sqrt()
-        return as_bytes(torch.cat([p.reshape(-1), q.reshape(-1)]).mul_(root))
+        return as_bytes(torch.cat([p.mul(root).reshape(-1), q.mul(unit / root).reshape(-1)]))
 
     def decode_add(self, payload: Tensor, out: Tensor, weight: float = 1.0, seed: int = 0) -> None:
         """Add ``weight P Q^T``; needs no seed.
@@ -98,10 +103,17 @@ class LowRank(Compressor):
         target = out.detach()
         values = section(payload, 0, payload.numel() // 4, torch.float32)
         values = values.to(torch.promote_types(out.dtype, torch.float32))
-        if matrix is not None:
-            a, b, r = matrix
-            values = values[: a * r].view(a, r) @ values[a * r :].view(b, r).T
-        target.add_(values.view(out.shape), alpha=weight)
+        if matrix is None:
+            target.add_(values.view(out.shape), alpha=weight)
+            return
+        a, b, r = matrix
+        p, q = values[: a * r].view(1, a, r), values[a * r :].view(1, b, r)
+        if target.is_contiguous() and target.dtype == values.dtype:
+            add_products([target.view(a, b)], p, q, weight)
+        else:
+            product = values.new_empty(a, b)
+            add_products([product], p, q, 1.0, clear=True)
+            target.add_(product.view(out.shape), alpha=weight)
 
     def rounds(self, x: Tensor, state: dict[str, Tensor], seed: int, size: int) -> Rounds:
         """Two sums (``P``, then ``Q``) for a matrix, else one; ``state["q"]`` (b x r) is the warm start."""
@@ -116,6 +128,7 @@ class LowRank(Compressor):
         states: Sequence[dict[str, Tensor]],
         seed: int,
         size: int,
+        room: Room | None = None,
     ) -> ManyRounds:
         """:meth:`rounds` for all tensors of a message in at most two sums; matrices of one shape and rank go together.
 
@@ -125,11 +138,12 @@ class LowRank(Compressor):
 
         Args:
             codecs: a :class:`LowRank` for each tensor.
-            xs: the tensors of this rank, not modified.
+            xs: the tensors of this rank, which must stay as they are until the end; modified only if they are in ``room``.
             states: a warm start for each tensor: ``state["q"]`` (b x r) of a matrix. Of one with more columns the leading
                 ones are used, missing ones are drawn from the seed, so that the rank may change between calls.
             seed: the same on all ranks.
             size: number of ranks in the sums.
+            room: where the results go; by default new tensors.
 
         Yields:
             A vector to be summed over the ranks.
@@ -141,40 +155,45 @@ class LowRank(Compressor):
         groups = _groups(codecs, xs, states, torch.Generator().manual_seed(seed))
         factored = {i for group in groups for i in group.members}
         whole = [i for i in range(len(xs)) if i not in factored]
-        owns, means = [x.clone() if i in whole else x for i, x in enumerate(xs)], list(xs)
+        if room is None:
+            room = Room(_empty_like(xs), _empty_like(xs))
 
-        first = [group.batch @ group.q for group in groups] + [xs[i] for i in whole]
-        sums = split((yield join(first)), first)
+        first = [times(group.matrices, group.q) for group in groups] + [xs[i] for i in whole]
+        vector = join(first)
+        for i in whole:
+            room.put(i, xs[i])
+        sums = split((yield vector), first)
         for i, total in zip(whole, sums[len(groups) :], strict=True):
-            means[i] = total / size
+            torch.div(total, size, out=room.means[i])
         if not groups:
-            return owns, means
+            return list(room.owns), list(room.means)
 
         for group, total in zip(groups, sums, strict=False):
             group.p = orthonormal(total)
-            group.q = group.batch.mT @ group.p
-            group.unpack(owns)
+            group.q = transposed_times(group.matrices, group.p)
+            add_products(group.of(room.owns), group.p, group.q, room.factor or 1.0, clear=room.factor is None)
         second = [group.q for group in groups]
         for group, total in zip(groups, split((yield join(second)), second), strict=True):
             group.q = total / size
-            group.unpack(means)
+            add_products(group.of(room.means), group.p, group.q, 1.0, clear=True)
             for i, q in zip(group.members, group.q.unbind(), strict=True):
                 states[i]["q"] = q
-        return owns, means
+        return list(room.owns), list(room.means)
 
 
 class _Group:
-    """Matrices of one shape under way: ``batch`` (count, a, b), ``p`` (count, a, r) and ``q`` (count, b, r)."""
+    """Tensors of one matrix shape under way: their ``matrices``, ``p`` (count, a, r) and ``q`` (count, b, r)."""
 
+    matrices: list[Tensor]
     p: Tensor
+    q: Tensor
 
-    def __init__(self, members: list[int], batch: Tensor, q: Tensor) -> None:
-        self.members, self.batch, self.q = members, batch, q
+    def __init__(self, members: list[int], shape: tuple[int, int]) -> None:
+        self.members, self.shape = members, shape
 
-    def unpack(self, results: list[Tensor]) -> None:
-        """Write ``P Q^T`` in place of the members."""
-        for i, matrix in zip(self.members, self.p @ self.q.mT, strict=True):
-            results[i] = matrix.reshape(results[i].shape)
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The members among all tensors of the message, as matrices."""
+        return [tensors[i].reshape(self.shape) for i in self.members]
 
 
 def _groups(
@@ -189,9 +208,10 @@ def _groups(
             members.setdefault(matrix, []).append(i)
     groups = []
     for (a, b, r), those in members.items():
-        batch = torch.stack([xs[i].reshape(a, b) for i in those])
-        start = torch.stack([_start(states[i].get("q"), b, r, batch, generator) for i in those])
-        groups.append(_Group(those, batch, start))
+        group = _Group(those, (a, b))
+        group.matrices = group.of(xs)
+        group.q = torch.stack([_start(states[i].get("q"), b, r, xs[i], generator) for i in those])
+        groups.append(group)
     return groups
 
 
@@ -220,3 +240,7 @@ def _start(stored: Tensor | None, b: int, r: int, like: Tensor, generator: torch
 def _gaussian(b: int, r: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Standard normal numbers, drawn on the CPU so that every device gets the same."""
     return torch.randn(b, r, generator=generator).to(like)
+
+
+def _empty_like(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]

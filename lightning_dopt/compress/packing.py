@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dopt._random import key
-from lightning_dopt.compress.base import Compressor, Rounds, Shape, Share, numel, together
+from lightning_dopt.compress.base import Compressor, Room, Rounds, Shape, Share, numel, together
 
 Scale = Callable[[Shape, Compressor], float]
 
@@ -107,8 +107,19 @@ class Packing:
         self.decode_add(self.encode(value, seed, own_seed), out, 1.0, seed)
         return out
 
-    def rounds(self, value: Tensor, state: dict[str, Tensor], seed: int, size: int) -> Rounds:
+    def rounds(
+        self,
+        value: Tensor,
+        state: dict[str, Tensor],
+        seed: int,
+        size: int,
+        out: Tensor | None = None,
+        moved: tuple[Tensor, float] | None = None,
+    ) -> Rounds:
         """What a linear codec sums over the ranks for one message; see :meth:`Compressor.rounds`.
+
+        The mean is written to ``out``, if there is one. With ``moved`` what this rank contributed is added to that tensor,
+        times that factor, and an empty tensor stands for it in the answer; the tensor may be ``value`` itself.
 
         Pieces of one class go together (:meth:`Compressor.rounds_many`), and what they all sum at one time is one vector.
         The state of a piece is kept under the number of its first tensor.
@@ -116,24 +127,41 @@ class Packing:
         if self.pieces[0].whole:
             (piece,) = self.pieces
             own, mean = yield from piece.codec.rounds(piece.take(value), state, seed, size)
-            return own.mul_(piece.scale), mean.mul_(piece.scale)
+            return _moved(_scaled(own, piece.scale), moved), _scaled(mean, piece.scale)
         classes: dict[type[Compressor], list[Piece]] = {}
         for piece in self.pieces:
             classes.setdefault(type(piece.codec), []).append(piece)
         groups = list(classes.values())
         states = [[_part_of(state, piece) for piece in group] for group in groups]
+        mean = torch.empty_like(value) if out is None else out
+        # Where all pieces are views of the message their results can go right to where they belong.
+        direct = all(len(piece.stretches) == 1 and piece.scale == 1.0 for piece in self.pieces)
+        own, factor = moved if direct and moved is not None else (torch.empty_like(value), None)
+        rooms = [Room([p.take(mean) for p in g], [p.take(own) for p in g], factor) if direct else None for g in groups]
         talks = [
-            kind.rounds_many([p.codec for p in group], [p.take(value) for p in group], those, seed, size)
-            for (kind, group), those in zip(classes.items(), states, strict=True)
+            kind.rounds_many([p.codec for p in group], [p.take(value) for p in group], those, seed, size, room)
+            for (kind, group), those, room in zip(classes.items(), states, rooms, strict=True)
         ]
         results = yield from together(talks)
-        own, mean = torch.empty_like(value), torch.empty_like(value)
         for group, those, (owns, means) in zip(groups, states, results, strict=True):
             for piece, kept, mine, all_ in zip(group, those, owns, means, strict=True):
-                piece.give(mine if piece.scale == 1.0 else mine * piece.scale, own)
-                piece.give(all_ if piece.scale == 1.0 else all_ * piece.scale, mean)
+                if not direct:
+                    piece.give(_scaled(mine, piece.scale), own)
+                    piece.give(_scaled(all_, piece.scale), mean)
                 state.update({f"{piece.members[0]}.{name}": tensor for name, tensor in kept.items()})
-        return own, mean
+        return (value.new_empty(0) if factor is not None else _moved(own, moved)), mean
+
+
+def _scaled(value: Tensor, scale: float) -> Tensor:
+    return value if scale == 1.0 else value.mul_(scale)
+
+
+def _moved(own: Tensor, moved: tuple[Tensor, float] | None) -> Tensor:
+    """Add it to where it belongs, and return what is left of it."""
+    if moved is None:
+        return own
+    moved[0].add_(own.view(-1), alpha=moved[1])
+    return own.new_empty(0)
 
 
 def _seed(piece: Piece, seed: int) -> int:

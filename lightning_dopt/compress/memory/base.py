@@ -40,6 +40,13 @@ class Memory(Codec):
     static: bool = False
     """Whether it needs a graph that does not change."""
 
+    moved: tuple[str, float] | None = None
+    """If all that :meth:`sent` does is to add ``own``, times a factor of 1 or -1, to one state tensor: its name and the factor.
+
+    Messages may then be decoded right into that tensor, with the same result in every bit, and :meth:`received` may get an
+    empty tensor in place of ``own``: it must not look at it. A subclass with a :meth:`sent` of its own is never treated so.
+    """
+
     def __init__(self, codec: Compressor) -> None:
         if not isinstance(codec, Compressor):
             raise ValueError(f"{type(self).__name__}(codec={codec!r}): must be a compressor (memories do not nest)")
@@ -67,9 +74,14 @@ class Memory(Codec):
     def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """What to compress. May be a state tensor itself; ``signal`` is not modified."""
 
-    @abstractmethod
     def sent(self, own: Tensor, state: dict[str, Tensor]) -> None:
-        """Take note of ``own = C_i``, the scaled decoded message of this rank as the receivers see it."""
+        """Take note of ``own = C_i``, the scaled decoded message of this rank as the receivers see it.
+
+        By default it is added to the tensor that :attr:`moved` names.
+        """
+        assert self.moved is not None, "a memory without `moved` needs a `sent` of its own"
+        name, factor = self.moved
+        state[name].add_(own, alpha=factor)
 
     def localise(self, decoded: Tensor, signal: Tensor) -> Tensor:
         """If :attr:`relative`: the sender's value, from what was decoded and this rank's own ``signal``."""

@@ -27,6 +27,7 @@ class ErrorFeedback(Memory):
     """
 
     keys: tuple[str, ...] = ("residual",)
+    moved = ("residual", -1.0)
 
     def __init__(self, codec: Compressor, decay: float = 1.0) -> None:
         super().__init__(codec)
@@ -34,11 +35,8 @@ class ErrorFeedback(Memory):
 
     def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """``e <- decay e + s``, returned in place."""
-        return state["residual"].mul_(self.decay).add_(signal)
-
-    def sent(self, own: Tensor, state: dict[str, Tensor]) -> None:
-        """``e <- e - C(e)``."""
-        state["residual"].sub_(own)
+        residual = state["residual"] if self.decay == 1.0 else state["residual"].mul_(self.decay)
+        return residual.add_(signal)
 
     def received(self, mixed: Tensor, own: Tensor, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The mixed messages as they are."""
@@ -62,19 +60,16 @@ class EF21(Memory):
     """
 
     keys: tuple[str, ...] = ("own", "mean")
+    moved = ("own", 1.0)
     needs_sum = True
 
     def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """``s - h``."""
         return signal - state["own"]
 
-    def sent(self, own: Tensor, state: dict[str, Tensor]) -> None:
-        """``h <- h + c``."""
-        state["own"].add_(own)
-
     def received(self, mixed: Tensor, own: Tensor, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """``H <- H + mixed``; returns a copy."""
-        return state["mean"].add_(mixed).clone()
+        return mixed.copy_(state["mean"].add_(mixed))
 
 
 class EControl(EF21):

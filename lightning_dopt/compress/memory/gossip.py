@@ -35,6 +35,7 @@ class Difference(Memory):
     """
 
     keys = ("own", "mixed")
+    moved = ("own", 1.0)
     codes_values = True
     needs_sum = True
 
@@ -45,10 +46,6 @@ class Difference(Memory):
     def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """``x - xh``."""
         return signal - state["own"]
-
-    def sent(self, own: Tensor, state: dict[str, Tensor]) -> None:
-        """``xh <- xh + c``."""
-        state["own"].add_(own)
 
     def received(self, mixed: Tensor, own: Tensor, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """``m <- m + mixed``; ``x + gamma (m - xh)``."""
