@@ -16,6 +16,7 @@ from lightning_dopt.exchange import Channel
 from lightning_dopt.gradient_runner import GradientRunner
 from lightning_dopt.local.base import Context
 from lightning_dopt.lost_peers import check_links
+from lightning_dopt.packed import Packed, PackedGradients
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import LaneRunner, SyncRunner
 from lightning_dopt.schedules import QSR, Drifted
@@ -97,6 +98,8 @@ class Engine:
             self.means,
         )
         self.corrections = [c.bind(context) for c in plan.corrections]
+        self.positions = next((c.positions for c in self.corrections if c.positions), ())
+        """Which elements of each flat buffer are trained and sent, if not all."""
         self.buffers = FlatBuffers(buffers or {})
         self.gradients: list[list[GradientRunner]] = [[] for _ in self.groups]
         self.runners: list[SyncRunner] = []
@@ -130,7 +133,15 @@ class Engine:
     def _add(self, index: int, sync: Sync, label: str) -> None:
         slot = sync.what.slot
         if slot == "parameters":
-            self.runners.append(self._runner(index, sync, label, self.flat.select(self._selected(sync))))
+            lanes = self.flat.select(self._selected(sync))
+            packed = (
+                [Packed(lane, chosen) for lane, chosen in zip(lanes, self.positions, strict=True)]
+                if self.positions
+                else []
+            )
+            runner = self._runner(index, sync, label, [p.lane for p in packed] or lanes)
+            runner.packed = packed
+            self.runners.append(runner)
         elif slot in ("tracker", "reference"):
             copies_of = [tracker_lane(lane) for lane in self.flat.select(self._selected(sync))]
             runners = self.runners if slot == "tracker" else self.between
@@ -138,7 +149,14 @@ class Engine:
         elif slot == "gradients":
             for gradients, group in zip(self.gradients, self.groups, strict=True):
                 names = [name for name in self._selected(sync) if name in group]
-                if names:
+                if names and self.positions:
+                    pairs = zip(self.flat.select(names), self.positions, strict=True)
+                    chosen: list[FlatGradients] = [
+                        PackedGradients(self.parameters, lane, positions) for lane, positions in pairs
+                    ]
+                    runner = self._runner(index, sync, label, [c.lane for c in chosen])
+                    gradients.append(GradientRunner(runner, chosen, self.parameters))
+                elif names:
                     size = getattr(sync.what, "bucket_mb", 0.0) * 1e6
                     lanes = [part for lane in self.flat.select(names) for part in buckets(lane, size)]
                     copies = [FlatGradients(self.parameters, lane) for lane in lanes]
@@ -331,6 +349,10 @@ class Engine:
         yield from self._measure(step)
         for runner in self.runners:
             yield from self._tick(runner, step)
+            if any(c.rechosen() for c in self.corrections):
+                for other in [g.runner for runners in self.gradients for g in runners] + self.runners:
+                    if other.sync.what.slot in ("parameters", "gradients"):
+                        other.renew()
         if self.buffer_runner is not None and self._buffer_host is not None and self._due(self._buffer_host, step):
             yield from self._sync_buffers(self.buffer_runner, step)
 

@@ -311,6 +311,14 @@ class Channel:
             return self.lane.numel * self.lane.message_dtype.itemsize
         return self.packing.nbytes
 
+    def renew(self) -> None:
+        """Forget what the codec and its memory remember; all ranks do so at once."""
+        self.codec_state.clear()
+        if self.by_edge:
+            self.memory_state.clear()
+        for tensor in self.memory_state.values():
+            tensor.zero_()
+
     def tensors(self) -> dict[str, Tensor]:
         """The state of the codec, its memory and the combine, for a checkpoint."""
         kinds = {"memory": self.memory_state, "codec": self.codec_state, "combine": self.combine_state}

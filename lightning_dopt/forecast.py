@@ -381,7 +381,7 @@ class _SizedEngine(Engine):
             lambda name, _: torch.empty_like(parameters[name]),
         )
         self._bound, self.corrections = self.corrections, []  # they move no bytes
-        self._copies = sum(_size(copy.lane.live) for gradient in self.gradients[0] for copy in gradient.copies)
+        self._copies = sum(sum(map(_size, copy.views)) for gradient in self.gradients[0] for copy in gradient.copies)
         for gradient in self.gradients[0]:
             gradient.copies = [_NoCopy(self.parameters, copy.lane) for copy in gradient.copies]
 

@@ -12,6 +12,7 @@ from lightning_dopt.comm.world import Talk
 from lightning_dopt.compress import Identity
 from lightning_dopt.exchange import Channel, Flight
 from lightning_dopt.local.base import BoundCorrection
+from lightning_dopt.packed import Packed
 from lightning_dopt.plan import Sync
 from lightning_dopt.slots import Lane
 
@@ -149,6 +150,14 @@ class LaneRunner:
         for flight in self.flights:
             yield from flight.finish()
 
+    def renew(self) -> None:
+        """Begin anew from what the lane holds now: anchor, outer optimizer, memories."""
+        self.channel.renew()
+        if self.anchor is not None:
+            self.anchor.copy_(self.lane.live)
+        if self.sync.outer is not None:
+            self.optimizer = self.sync.outer.build(self._anchors)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything of this lane that outlives a step (call :meth:`land` first)."""
         return {
@@ -176,9 +185,13 @@ class SyncRunner:
     def __init__(self, sync: Sync, label: str, lanes: list[LaneRunner]) -> None:
         self.sync, self.label, self.lanes = sync, label, lanes
         self.rounds = 0
+        self.packed: list[Packed] = []
+        """Where the lanes hold chosen elements of others: the way there and back."""
 
     def send(self, step: int) -> None:
         """Start one round on every lane."""
+        for packed in self.packed:
+            packed.gather()
         for lane in self.lanes:
             lane.send(step, self.rounds)
         self.rounds += 1
@@ -187,6 +200,15 @@ class SyncRunner:
         """Apply the oldest round on every lane."""
         for lane in self.lanes:
             yield from lane.apply(step)
+        for packed in self.packed:
+            packed.scatter()
+
+    def renew(self) -> None:
+        """The lanes hold other elements from now on: what is remembered of the old ones is forgotten."""
+        for packed in self.packed:
+            packed.gather()
+        for lane in self.lanes:
+            lane.renew()
 
     def apply_due(self, step: int) -> Talk[None]:
         """Apply what is due."""

@@ -9,6 +9,7 @@ from lightning_dopt.local.extragradient import Extragradient
 from lightning_dopt.local.gradient_tracking import GradientTracking
 from lightning_dopt.local.local_tracking import LocalTracking
 from lightning_dopt.local.loss_weights import LossWeights
+from lightning_dopt.local.masks import FisherMask, NeuronMask
 from lightning_dopt.local.mixed_momentum import MixedMomentum
 from lightning_dopt.local.prox import Prox
 from lightning_dopt.local.quasi_global import QuasiGlobalMomentum
@@ -27,10 +28,12 @@ __all__ = [
     "ExactDiffusion",
     "Extra",
     "Extragradient",
+    "FisherMask",
     "GradientTracking",
     "LocalTracking",
     "LossWeights",
     "MixedMomentum",
+    "NeuronMask",
     "Prox",
     "QuasiGlobalMomentum",
     "RobustTracking",

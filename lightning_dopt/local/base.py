@@ -65,6 +65,13 @@ class BoundCorrection:
     passes: int = 1
     """How many forward and backward passes a step takes, from :meth:`on_begin` on; before the second comes :meth:`perturb`."""
 
+    positions: Sequence[Tensor] = ()
+    """If only few elements are trained: which ones, of each lane. Syncs of parameters and gradients send those alone."""
+
+    def rechosen(self) -> bool:
+        """Whether :attr:`positions` hold others than when last asked."""
+        return False
+
     def prepare(self, slot: str, lanes: list[Lane]) -> None:
         """Once, before training: the lanes of a sync it wants to see."""
 

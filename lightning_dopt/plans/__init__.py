@@ -11,6 +11,7 @@ from lightning_dopt.plans.directed import push_diging, sgp
 from lightning_dopt.plans.dprox_sgt import dprox_sgt
 from lightning_dopt.plans.eager_diloco import delayed_diloco, eager_diloco
 from lightning_dopt.plans.exact import d2, diging, exact_diffusion, extra, gradient_tracking, k_gt
+from lightning_dopt.plans.fish_mask import fish_mask
 from lightning_dopt.plans.gossip import gossip
 from lightning_dopt.plans.lo_fi import lo_fi
 from lightning_dopt.plans.local_sgd import local_sgd
@@ -68,4 +69,5 @@ __all__ = [  # noqa: RUF022  (by family)
     "drcgd",
     "riemannian_tracking",
     "masha",
+    "fish_mask",
 ]
