@@ -13,6 +13,7 @@ from lightning_dopt import (
     SAM,
     Complete,
     Delay,
+    Drifted,
     Every,
     FisherMask,
     Int8,
@@ -165,6 +166,7 @@ def test_forecast_is_exact() -> None:
         (lambda: Plan([Sync(what=Parameters("a.*"))], [NeuronMask()]), "needs syncs of all parameters"),
         (lambda: Plan([Sync(Every(4), apply=Delay(1))], [NeuronMask()]), r"apply=Blocking\(\)"),
         (lambda: Plan([Sync()], [NeuronMask(), SAM()]), "not with SAM"),
+        (lambda: Plan([Sync(Drifted(1.0)), Sync(Every(6), "tracker")], [FisherMask()]), "must be known beforehand"),
         (lambda: Plan([Sync(Every(4)), Sync(Every(6), "tracker")], [FisherMask()]), "chooses anew where"),
     ],
 )

@@ -107,6 +107,10 @@ class FisherMask(Correction):
                 "FisherMask: needs one sync of what='tracker', the last of the plan; use plans.fish_mask()"
             )
         for sync in plan:
+            if sync.when.measured or sync.when.reads_lr:
+                raise ValueError(
+                    f"FisherMask: when it chooses must be known beforehand, got {sync.when!r} for {sync.label!r}"
+                )
             if sync.what.slot == "parameters" and any(not sync.when.due(t) for t in self._choices(plan)[1:]):
                 raise ValueError(
                     f"FisherMask: chooses anew where {sync.label!r} is not due, so that replicas would stay apart; use "
