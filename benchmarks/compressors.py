@@ -1,22 +1,30 @@
 """How fast do compressors encode and decode? In units of copying the tensor, on one thread, beside ``torch.topk``.
 
-``python -m benchmarks.compressors`` packs and unpacks vectors of 1 and 25 million normal numbers (``--sizes``) and prints
+``python -m benchmarks.compressors`` packs and unpacks vectors of 1 and 25 million normal numbers (``--sizes``; 124 million, the
+size of GPT-2, takes 3 GiB) and prints
 
 * bytes per element on the wire,
-* time to encode and to decode (:meth:`Compressor.decode_add`, i.e. added to a dense vector),
-* both as multiples of ``copy_`` of the same vector, and the rate of each in 10^9 elements per second.
+* time to encode, to decode (:meth:`Compressor.decode_add`, i.e. added to a dense vector), and of a send with error feedback:
+  the signal is added to the residual, the residual encoded, and what was sent taken out of it, as a ``Channel`` does,
+* the same three as multiples of ``copy_`` of the same vector,
+* the break-even bandwidth: over a faster link than that, two workers are quicker to send ``4 d`` bytes as they are,
+  ``(4 d - payload) / (encode + decode)``.
 
-Times are the least processor time of several repeats, which other jobs disturb least; they still share caches and memory.
-The line ``torch.topk`` is ``x.abs().topk(k)`` at 1 % alone, without gathering or packing anything.
+Times are the least processor time of several repeats, each right after a ``copy_`` of the same vector, which other jobs disturb
+least; they still share caches and memory. The line ``torch.topk`` is ``x.abs().topk(k)`` at 1 % alone, without gathering or
+packing anything. ``benchmarks.powersgd`` compares with PyTorch's PowerSGD.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lightning_dopt.compress import (
     BF16,
@@ -70,39 +78,61 @@ COMPRESSORS: list[Compressor] = [
 ]
 
 
-def least(work: Callable[[], object], seconds: float) -> float:
-    """Least processor time of one call, in seconds; calls are repeated for about as long as told, at least twice."""
-    work()
-    times: list[float] = []
-    while len(times) < 2 or sum(times) < seconds:
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return min(times)
+def feed_back(c: Compressor, signal: Tensor, residual: Tensor) -> None:
+    """A send with error feedback."""
+    residual.add_(signal)
+    c.decode_add(c.encode(residual, 1), residual, -1.0, 1)
 
 
-def measure(d: int, seconds: float) -> None:
-    """Print the table for vectors (or square matrices) of ``d`` elements."""
+def measure(d: int, seconds: float, only: list[str]) -> dict[str, dict[str, float]]:
+    """Print the table for vectors (or square matrices) of ``d`` elements; times in units of a copy, by name."""
     x = torch.randn(d, generator=torch.Generator().manual_seed(0))
     out = torch.zeros(d)
-    copy = least(lambda: out.copy_(x), seconds)
-    topk = least(lambda: x.abs().topk(max(1, d // 100), sorted=False), seconds)
-    print(f"\n{d:,} elements; copy_ takes {1e3 * copy:.2f} ms ({d / copy / 1e9:.2f} G/s)")
-    print(f"{'':40} {'B/elem':>7} {'encode ms':>9} {'decode':>7} {'/copy':>6} {'/copy':>6} {'G/s':>6} {'G/s':>6}")
-    print(f"{'torch.topk at 1 %':40} {'':7} {1e3 * topk:9.2f} {'':7} {topk / copy:6.1f} {'':6} {d / topk / 1e9:6.3f}")
+    copies: list[float] = []
+
+    def beside_copy(work: Callable[[], object]) -> float:
+        times = pairs(work, lambda: out.copy_(x), seconds)
+        copies.append(times[1])
+        return times[0]
+
+    topk = beside_copy(lambda: x.abs().topk(max(1, d // 100), sorted=False))
+    rows: dict[str, dict[str, float]] = {"torch.topk at 1 %": {"bytes": 0.0, "encode": topk}}
     side = int(d**0.5)
     for c in COMPRESSORS:
+        if only and type(c).__name__ not in only:
+            continue
         source, target = (x, out) if not c.layerwise else (t[: side * side].view(side, side) for t in (x, out))
         payload = c.encode(source, 1)
-        times = [
-            least(lambda c=c, x=source: c.encode(x, 1), seconds),  # type: ignore[misc]
-            least(lambda c=c, p=payload, t=target: c.decode_add(p, t, 1.0, 1), seconds),  # type: ignore[misc]
-        ]
-        print(
-            f"{c!r:40} {payload.numel() / source.numel():7.4f} {1e3 * times[0]:9.2f} {1e3 * times[1]:7.2f} "
-            f"{times[0] / copy:6.1f} {times[1] / copy:6.1f} {d / times[0] / 1e9:6.2f} {d / times[1] / 1e9:6.2f}",
-            flush=True,
-        )
+        row = {"bytes": payload.numel() / source.numel()}
+        row["encode"] = beside_copy(lambda c=c, x=source: c.encode(x, 1))  # type: ignore[misc]
+        row["decode"] = beside_copy(lambda c=c, p=payload, t=target: c.decode_add(p, t, 1.0, 1))  # type: ignore[misc]
+        target.zero_()
+        if not c.linear:
+            row["send"] = beside_copy(lambda c=c, x=source, t=target: feed_back(c, x, t))  # type: ignore[misc]
+        row["gbits"] = 8e-9 * (4 * source.numel() - payload.numel()) / (row["encode"] + row["decode"])
+        rows[repr(c)] = row
+    copy = min(copies)
+    print(
+        f"\n{d:,} elements; copy_ takes {1e3 * copy:.2f} ms ({d / copy / 1e9:.2f} G/s); times below are multiples of it"
+    )
+    print(f"{'':48} {'B/elem':>7} {'encode':>7} {'decode':>7} {'send':>7} {'Gbit/s':>7}")
+    for name, row in rows.items():
+        times = [f"{row[k] / copy:7.1f}" if k in row else " " * 7 for k in ("encode", "decode", "send")]
+        print(f"{name:48} {row['bytes']:7.4f} {' '.join(times)} {row.get('gbits', 0.0):7.1f}", flush=True)
+    return {"copy_": {"seconds": copy}, **rows}
+
+
+def pairs(work: Callable[[], object], other: Callable[[], object], seconds: float) -> tuple[float, float]:
+    """Least processor times of two calls that take turns, for about as long as told for the first, at least twice."""
+    work()
+    times: list[tuple[float, float]] = []
+    while len(times) < 2 or sum(t for t, _ in times) < seconds:
+        before = time.process_time()
+        other()
+        start = time.process_time()
+        work()
+        times.append((time.process_time() - start, start - before))
+    return min(t for t, _ in times), min(t for _, t in times)
 
 
 def main() -> None:
@@ -110,10 +140,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 25_000_000], help="elements")
     parser.add_argument("--seconds", type=float, default=0.3, help="time for each number of the table")
+    parser.add_argument("--only", nargs="*", default=[], help="classes of compressors; by default all")
+    parser.add_argument("--json", default="", help="file for the numbers, times in seconds")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for d in options.sizes:
-        measure(d, options.seconds)
+    results = {str(d): measure(d, options.seconds, options.only) for d in options.sizes}
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
