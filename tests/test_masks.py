@@ -121,11 +121,13 @@ def refreshed(codec: Int8 | None = None) -> Plan:
 def test_a_new_choice_is_the_same_everywhere_and_leaves_replicas_equal_outside(codec: Int8 | None) -> None:
     sim = mosaic_simulation(refreshed(codec), 3, decayed)
     seen = []
-    for _ in range(7):
+    for pair in range(7):
         sim.run(2)
         chosen = sim.engines[0].positions[0]
         assert all(torch.equal(e.positions[0], chosen) for e in sim.engines)
         assert all(torch.equal(values(sim, i), values(sim, 0)) for i in range(3))  # just averaged
+        for engine in sim.engines if pair else []:  # nothing is averaged before the first choice
+            assert torch.equal(engine.runners[0].lanes[0].anchor, engine.flat.lanes[0].live[chosen])
         seen.append(chosen.clone())
     assert len({tuple(s.tolist()) for s in seen}) > 1
     assert all(not torch.equal(r["scale"].detach(), mosaic(0)["scale"]) for r in sim.replicas)
