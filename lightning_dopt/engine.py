@@ -12,11 +12,11 @@ from lightning_dopt._random import key
 from lightning_dopt.apply import OneRound
 from lightning_dopt.comm.world import Talk, World
 from lightning_dopt.distance import sketched_distance
-from lightning_dopt.exchange import Channel
 from lightning_dopt.gradient_runner import GradientRunner
 from lightning_dopt.local.base import Context
 from lightning_dopt.lost_peers import check_links
 from lightning_dopt.packed import Packed, PackedGradients
+from lightning_dopt.phased import make_channel
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import LaneRunner, SyncRunner
 from lightning_dopt.schedules import QSR, Drifted
@@ -52,7 +52,7 @@ class Engine:
             buffers and stay the same tensor objects.
         world: With whom.
         buffers: Buffers by name; those of floating point belong to the consensus model.
-        lr: Gives the current learning rate of a parameter by name, for corrections that need it.
+        lr: Gives the current learning rate of a parameter by name, for corrections and memories that need it.
         optimizer_state: Gives the clock optimizer's state tensor by (parameter name, key), for ``optimizer.<state>``.
         gradient_groups: Parameter names by optimizer, if several optimizers step at different times.
         sync_buffers: Whether buffers are averaged when the plan's first sync of parameters or gradients runs, unless the
@@ -121,13 +121,15 @@ class Engine:
 
     def _runner(self, index: int, sync: Sync, label: str, lanes: list[Lane]) -> SyncRunner:
         seed = self.plan.sync_seed(index)
-        channels = [Channel(sync, lane, self.world, key(seed, k), label) for k, lane in enumerate(lanes)]
+        channels = [make_channel(sync, lane, self.world, key(seed, k), label) for k, lane in enumerate(lanes)]
         corrections = [] if sync.what.slot == "buffers" else self.corrections
         for correction in corrections:
             if sync.what.slot in correction.slots:
                 correction.prepare(sync.what.slot, lanes)
         return SyncRunner(
-            sync, label, [LaneRunner(sync, lane, ch, corrections) for lane, ch in zip(lanes, channels, strict=True)]
+            sync,
+            label,
+            [LaneRunner(sync, lane, ch, corrections, self.lr) for lane, ch in zip(lanes, channels, strict=True)],
         )
 
     def _add(self, index: int, sync: Sync, label: str) -> None:
@@ -503,7 +505,7 @@ class Engine:
 
 
 def _no_lr(name: str) -> float:
-    raise RuntimeError(f"a correction needs the learning rate of {name!r}: give Engine(lr=...)")
+    raise RuntimeError(f"a correction or memory needs the learning rate of {name!r}: give Engine(lr=...)")
 
 
 def _no_state(name: str, key: str) -> Tensor:

@@ -112,6 +112,10 @@ class Channel:
         mean = self.sync.peers.is_mean(self.world.size) and not self.linked
         return mean and self.compressor.linear and self.sync.combine.linear
 
+    def at(self, round_: int) -> Channel:
+        """The channel that carries the messages of this round: itself, unless the compressor changes with the rounds."""
+        return self
+
     def launch(self, message: Tensor, step: int, round_: int, need_own: bool = False) -> Flight:
         """Send ``message`` (this channel may overwrite it); ``round_`` counts the sends of the sync from 0."""
         wire = _RoundWire(self, step, round_ * self.exchanges, need_own)

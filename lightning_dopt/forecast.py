@@ -29,6 +29,7 @@ T = TypeVar("T")
 Shapes = Mapping[str, Sequence[int]]
 _META = torch.device("meta")
 _DONE = torch.empty(0)
+_LONG_RUN = 1 << 62  # a round in which no compressor changes any more
 
 
 @dataclass(frozen=True)
@@ -278,21 +279,30 @@ class _SizedLane(LaneRunner):
         world = channel.world
         assert isinstance(world, _AllRanks)
         self.world = world
-        self.sums = _summands(channel) if channel.sums and world.size > 1 else []
-        self.payload = torch.empty(channel.message_bytes, dtype=torch.uint8, device=_META)
+        self._loads: dict[int, tuple[list[Tensor], Tensor]] = {}
+
+    def _load(self, round_: int) -> tuple[list[Tensor], Tensor]:
+        """What is summed in this round, and the message if nothing is."""
+        channel = self.channel.at(round_)
+        if id(channel) not in self._loads:
+            sums = _summands(channel) if channel.sums and self.world.size > 1 else []
+            payload = torch.empty(channel.message_bytes, dtype=torch.uint8, device=_META)
+            self._loads[id(channel)] = sums, payload
+        return self._loads[id(channel)]
 
     def _message(self, round_: int) -> Talk[Tensor]:
         peers, label = self.sync.peers, self.channel.label
         if self.world.size == 1:
             return _DONE
         exchanges = self.channel.exchanges
+        sums, payload = self._load(round_)
         for exchange in range(round_ * exchanges, (round_ + 1) * exchanges):
-            for part in self.sums:
+            for part in sums:
                 yield self.world.all_reduce(part, label)
-            if not self.sums and peers.is_mean(self.world.size):
-                yield self.world.all_gather(self.payload, label)
-            elif not self.sums:
-                yield self.world.gossip(self.payload.nbytes + self._beside(), peers, exchange, label)
+            if not sums and peers.is_mean(self.world.size):
+                yield self.world.all_gather(payload, label)
+            elif not sums:
+                yield self.world.gossip(payload.nbytes + self._beside(), peers, exchange, label)
         return _DONE
 
     def _beside(self) -> int:
@@ -317,6 +327,7 @@ class _SizedLane(LaneRunner):
 
     def memory(self) -> dict[str, int]:
         """Bytes this lane keeps, by purpose."""
+        self._load(_LONG_RUN)  # warm starts come into being with the first message
         used = {
             "anchors": _size(self.anchor),
             "outer optimizer": self._outer_state(),

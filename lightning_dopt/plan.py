@@ -16,7 +16,7 @@ from lightning_dopt.apply import Apply, Blocking, Delay, OneRound
 from lightning_dopt.combine import Combine, Mixing, PushSum
 from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Codec, Compressor
-from lightning_dopt.compress.memory import Difference, Memory
+from lightning_dopt.compress.memory import Difference, EControl, Memory
 from lightning_dopt.local.base import Correction
 from lightning_dopt.outer import SGD, FromOptimizer, GossipMomentum, LateMomentum, Outer
 from lightning_dopt.schedules import Every, When
@@ -104,6 +104,8 @@ class Plan(Part):
         for correction in self.corrections:
             correction.check(self)
         for sync in self.syncs:
+            if not any(c.remembers and sync.what.slot in c.slots for c in self.corrections):
+                _warn_of_loss(sync)
             if sync.what.slot == "gradients" and codes_values(sync.codec) and not self._tracks(sync):
                 raise ValueError(
                     f"Sync(what='gradients', codec={sync.codec!r}): use ErrorFeedback or EF21 for gradients"
@@ -238,9 +240,14 @@ def _check_sync(sync: Sync) -> None:
             f"Sync(signal='value', codec={sync.codec!r}): packing the weights themselves does not converge; use "
             f"codec=Difference({compressor!r}), or signal='delta' over Complete()"
         )
+    if isinstance(sync.codec, Memory) and sync.codec.lr_inside and slot != "gradients":
+        raise ValueError(
+            f"Sync(what={sync.what!r}, codec={sync.codec!r}): changes of parameters hold the learning rate already, use "
+            "lr_inside=False"
+        )
     sync.combine.check(sync)
     _check_apply(sync)
-    _warn(sync, compressor)
+    _warn(sync)
 
 
 def _check_gradients(sync: Sync) -> None:
@@ -285,9 +292,11 @@ def _check_apply(sync: Sync) -> None:
         raise ValueError(f"Sync(codec={sync.codec!r}, apply={sync.apply!r}): this codec needs OneRound(inflight=0)")
 
 
-def _warn(sync: Sync, compressor: Compressor) -> None:
+def _warn_of_loss(sync: Sync) -> None:
+    """A contraction that nothing makes up for, and a gain that is too large for one."""
+    compressor = _inner(sync.codec)
+    shape = (1024, 1024)  # a matrix, since low rank codecs send vectors whole
     if isinstance(sync.codec, Compressor) and sync.combine.linear and sync.what.slot in ("parameters", "gradients"):
-        shape = (1024, 1024)  # a matrix, since low rank codecs send vectors whole
         delta = compressor.contraction(shape)
         if delta is not None and delta < 0.5 and compressor.variance(shape) is None:
             warnings.warn(
@@ -295,6 +304,14 @@ def _warn(sync: Sync, compressor: Compressor) -> None:
                 f"codec=ErrorFeedback({compressor!r})",
                 stacklevel=4,
             )
+    if isinstance(sync.codec, EControl) and sync.codec.eta > (delta := compressor.contraction(shape) or 1.0):
+        warnings.warn(
+            f"Sync(codec={sync.codec!r}): eta above the compressor's delta, {delta:.3g}, can diverge; use a third of it",
+            stacklevel=4,
+        )
+
+
+def _warn(sync: Sync) -> None:
     if not (isinstance(sync.apply, OneRound) and sync.apply.inflight == "own_share"):  # that depends on the workers
         _warn_of_delay(sync, 1, stacklevel=5)
 

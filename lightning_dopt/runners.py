@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from lightning_dopt.apply import Blocking, OneRound
 from lightning_dopt.comm.world import Talk
 from lightning_dopt.compress import Identity
+from lightning_dopt.compress.memory import Memory
 from lightning_dopt.exchange import Channel, Flight
 from lightning_dopt.local.base import BoundCorrection
 from lightning_dopt.packed import Packed
@@ -18,11 +20,28 @@ from lightning_dopt.slots import Lane
 
 
 class LaneRunner:
-    """One lane of one sync: its anchor, outer optimizer, codec memory and the message in flight."""
+    """One lane of one sync: its anchor, outer optimizer, codec memory and the message in flight.
 
-    def __init__(self, sync: Sync, lane: Lane, channel: Channel, corrections: list[BoundCorrection]) -> None:
+    Args:
+        sync: What to do.
+        lane: With what.
+        channel: Its wire.
+        corrections: Those of the plan.
+        lr: The learning rate of a parameter by name, for memories in units of steps.
+    """
+
+    def __init__(
+        self,
+        sync: Sync,
+        lane: Lane,
+        channel: Channel,
+        corrections: list[BoundCorrection],
+        lr: Callable[[str], float] | None = None,
+    ) -> None:
         self.sync, self.lane, self.channel = sync, lane, channel
         self.corrections = [c for c in corrections if sync.what.slot in c.slots]
+        inside = isinstance(sync.codec, Memory) and sync.codec.lr_inside
+        self.lr = lr if inside else None
         self.anchor: Tensor | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.flights: list[Flight] = []
@@ -64,7 +83,11 @@ class LaneRunner:
             sent = channel.take(buffers).copy_(live) if same else live.clone()
         for correction in self.corrections:
             correction.publish(self.sync.what.slot, self.lane, message)
+        if self.lr is not None:
+            for field, view in zip(self.lane.fields, self.lane.views(message), strict=True):
+                view.mul_(self.lr(field.name))
         need_own = isinstance(self.sync.apply, OneRound) and self.sync.apply.inflight != 0.0
+        need_own = need_own or any(correction.needs_own for correction in self.corrections)
         flight = channel.launch(message, step, round_, need_own)
         flight.sent = sent
         flight.buffers += buffers
@@ -77,6 +100,7 @@ class LaneRunner:
         else:
             flight = self.flights.pop(0)
             result = yield from flight.finish()
+            self._prepare(result, flight)
         new = self._move_reference(result)
         merge = self.sync.apply.merge
         keep = flight.sent is not None and merge.needs_sent and bool(self.corrections)  # they look at it, too
@@ -87,6 +111,17 @@ class LaneRunner:
         self.last_step = step
         if not isinstance(self.sync.apply, OneRound):  # there the flight goes on
             self.channel.give_back(flight)
+
+    def _prepare(self, result: Tensor, flight: Flight) -> None:
+        """Before anybody uses a result: corrections change it, and steps become gradients again."""
+        for correction in self.corrections:
+            if correction.needs_own:
+                assert flight.own is not None
+                correction.on_received(self.sync.what.slot, self.lane, flight.own, result)
+        if self.lr is not None:
+            for field, view in zip(self.lane.fields, self.lane.views(result), strict=True):
+                rate = self.lr(field.name)
+                view.mul_(1.0 / rate if rate > 0 else 0.0)
 
     def _corrected(self) -> Talk[Tensor]:
         """The fresh message's in-flight share plus what the previous round brought, without the share used then."""

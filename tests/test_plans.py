@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_dopt import Every, Plan, Simulation, Sync, plans
 from lightning_dopt.comm import lockstep
-from lightning_dopt.compress import Averaged, GaussianNoise
+from lightning_dopt.compress import Averaged, GaussianNoise, RandK
 from lightning_dopt.local import GradientTracking
 from lightning_dopt.plan import Plan as PlanType
 from lightning_dopt.topology import Directed, Ring
@@ -38,6 +38,7 @@ MADE: dict[str, Callable[[], Plan]] = {name: getattr(plans, name) for name in pl
     "savic": lambda: plans.savic(4, "local"),
     "desloc": lambda: plans.desloc(4, {"momentum_buffer": 8}, clip=2.0),
     "mt_dao": lambda: plans.mt_dao(4, {"momentum_buffer": 4}),
+    "sketched": lambda: plans.sketched(RandK(0.5), sync_every=2),
     "dmsgd mixed": lambda: plans.dmsgd(mix_momentum=True),
 }
 N = 4

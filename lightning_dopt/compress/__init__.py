@@ -13,6 +13,7 @@ from lightning_dopt.compress.memory import (
     DGC,
     DIANA,
     EF21,
+    GMF,
     Averaged,
     DeepSqueeze,
     Difference,
@@ -24,6 +25,7 @@ from lightning_dopt.compress.memory import (
     as_compressor,
 )
 from lightning_dopt.compress.noise import GaussianNoise
+from lightning_dopt.compress.phases import Phases
 from lightning_dopt.compress.quantize import Int4, Int8
 from lightning_dopt.compress.registry import by_name, names
 from lightning_dopt.compress.shift import RandomShift
@@ -41,6 +43,7 @@ __all__ = [
     "EF21",
     "FP8",
     "FP16",
+    "GMF",
     "QSGD",
     "Averaged",
     "BlockTopK",
@@ -63,6 +66,7 @@ __all__ = [
     "Memory",
     "MoniQua",
     "Natural",
+    "Phases",
     "RandK",
     "RandomProjection",
     "RandomShift",

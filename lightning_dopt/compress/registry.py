@@ -16,6 +16,7 @@ from lightning_dopt.compress.memory import (
     DGC,
     DIANA,
     EF21,
+    GMF,
     Averaged,
     DeepSqueeze,
     Difference,
@@ -25,6 +26,7 @@ from lightning_dopt.compress.memory import (
     MoniQua,
 )
 from lightning_dopt.compress.noise import GaussianNoise
+from lightning_dopt.compress.phases import Phases
 from lightning_dopt.compress.quantize import Int4, Int8
 from lightning_dopt.compress.shift import RandomShift
 from lightning_dopt.compress.sign import Sign
@@ -55,12 +57,14 @@ _CLASSES: tuple[type[Codec], ...] = (
     LowRank,
     DCTTopK,
     Compose,
+    Phases,
     FedZip,
     GaussianNoise,
     ErrorFeedback,
     EF21,
     EControl,
     DGC,
+    GMF,
     DIANA,
     Difference,
     DeepSqueeze,

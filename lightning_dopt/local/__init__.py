@@ -2,6 +2,7 @@
 
 from lightning_dopt.local.ascend import Ascend
 from lightning_dopt.local.base import BoundCorrection, Context, Correction
+from lightning_dopt.local.clip import ClipLocal, NoisyGradients
 from lightning_dopt.local.coordinate_clip import CoordinateClip
 from lightning_dopt.local.exact_diffusion import ExactDiffusion
 from lightning_dopt.local.extra import Extra
@@ -15,12 +16,14 @@ from lightning_dopt.local.prox import Prox
 from lightning_dopt.local.quasi_global import QuasiGlobalMomentum
 from lightning_dopt.local.robust_tracking import RobustTracking
 from lightning_dopt.local.sam import SAM
+from lightning_dopt.local.scaffold import Scaffold
 from lightning_dopt.local.stiefel import ConjugateGradient, Stiefel
 
 __all__ = [
     "SAM",
     "Ascend",
     "BoundCorrection",
+    "ClipLocal",
     "ConjugateGradient",
     "Context",
     "CoordinateClip",
@@ -34,8 +37,10 @@ __all__ = [
     "LossWeights",
     "MixedMomentum",
     "NeuronMask",
+    "NoisyGradients",
     "Prox",
     "QuasiGlobalMomentum",
     "RobustTracking",
+    "Scaffold",
     "Stiefel",
 ]

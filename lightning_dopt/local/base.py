@@ -45,6 +45,9 @@ class Correction(Part, ABC):
     slots: frozenset[str] = frozenset()
     """The slots whose syncs it works on; with ``"tracker"`` it sends a message of its own."""
 
+    remembers: bool = False
+    """Whether it makes up for what the compressor of such a sync leaves out, as a memory does."""
+
     def check(self, plan: Plan) -> None:
         """Raise ``ValueError`` in one line if the plan's syncs do not suit the correction."""
 
@@ -61,6 +64,9 @@ class BoundCorrection:
 
     slots: frozenset[str] = frozenset()
     """The slots whose syncs it wants to see."""
+
+    needs_own: bool = False
+    """Whether it wants to see what came of its messages; see :meth:`on_received`."""
 
     passes: int = 1
     """How many forward and backward passes a step takes, from :meth:`on_begin` on; before the second comes :meth:`perturb`."""
@@ -99,6 +105,16 @@ class BoundCorrection:
 
     def publish(self, slot: str, lane: Lane, message: Tensor) -> None:
         """Before ``message`` (a private copy with the lane's layout) is sent: change it in place."""
+
+    def on_received(self, slot: str, lane: Lane, own: Tensor, result: Tensor) -> None:
+        """Before the lane or its anchor takes a result, if :attr:`needs_own`: change ``result`` in place.
+
+        Args:
+            slot: The slot of the sync.
+            lane: The lane that it is for.
+            own: What receivers made of this rank's message.
+            result: The combined messages.
+        """
 
     def on_applied(self, slot: str, lane: Lane, sent: Tensor, new: Tensor, steps: int) -> None:
         """After the lane has taken a result.

@@ -4,6 +4,7 @@ from lightning_dopt.plans.beer import beer
 from lightning_dopt.plans.co2 import co2
 from lightning_dopt.plans.compressed_ddp import compressed_ddp
 from lightning_dopt.plans.compressed_gossip import choco_sgd, deep_squeeze, moniqua
+from lightning_dopt.plans.compressed_rounds import fedzip, scafcom, scaffold, scallion, sketched
 from lightning_dopt.plans.desloc import desloc, mt_dao
 from lightning_dopt.plans.dfedsam import dfedsam
 from lightning_dopt.plans.diloco import diloco
@@ -11,18 +12,22 @@ from lightning_dopt.plans.directed import push_diging, sgp
 from lightning_dopt.plans.dprox_sgt import dprox_sgt
 from lightning_dopt.plans.eager_diloco import delayed_diloco, eager_diloco
 from lightning_dopt.plans.exact import d2, diging, exact_diffusion, extra, gradient_tracking, k_gt
+from lightning_dopt.plans.few_levels import qsgd, sign_sgd, terngrad
 from lightning_dopt.plans.fish_mask import fish_mask
 from lightning_dopt.plans.gossip import gossip
 from lightning_dopt.plans.lo_fi import lo_fi
 from lightning_dopt.plans.local_sgd import local_sgd
 from lightning_dopt.plans.masha import masha
 from lightning_dopt.plans.momentum import decentlam, dmsgd, qg_dsgdm
+from lightning_dopt.plans.momentum_correction import dgc, gmf
 from lightning_dopt.plans.noloco import noloco
+from lightning_dopt.plans.powersgd import powersgd
 from lightning_dopt.plans.qsr import qsr
 from lightning_dopt.plans.relay_sgd import relay_sgd
 from lightning_dopt.plans.riemannian import drcgd, riemannian_tracking
 from lightning_dopt.plans.robust_tracking import robust_tracking
 from lightning_dopt.plans.savic import savic
+from lightning_dopt.plans.shifts import diana, econtrol, ef21
 from lightning_dopt.plans.single_merge import single_merge
 from lightning_dopt.plans.slowmo import post_local_sgd, slowmo
 from lightning_dopt.plans.streaming_diloco import streaming_diloco
@@ -45,6 +50,20 @@ __all__ = [  # noqa: RUF022  (by family)
     "mt_dao",
     "savic",
     "single_merge",
+    "powersgd",
+    "dgc",
+    "gmf",
+    "terngrad",
+    "qsgd",
+    "sign_sgd",
+    "ef21",
+    "econtrol",
+    "diana",
+    "fedzip",
+    "sketched",
+    "scaffold",
+    "scallion",
+    "scafcom",
     "gossip",
     "dmsgd",
     "decentlam",

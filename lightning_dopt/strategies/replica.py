@@ -197,6 +197,7 @@ class ReplicaStrategy(Collectives):
         self.engine = start.make_engine(self.plan, module, self._index, world, self.buffer_policy == "average")
         self.consensus, self._meter = ConsensusModel(self.engine), Meter(world, self.link_step_seconds)
         check_two_passes(self.engine, module, trainer)
+        start.check_momentum(self.plan, inner)
         start.warn_of_lost_weights(self.plan, inner, trainer.gradient_clip_val)
         self._checkpoints.begin()
         self._undo_quiet = StopSignal(trainer, self.engine.meets, self._told_by_zero).undo

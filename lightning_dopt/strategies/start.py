@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_dopt.comm.world import World
+from lightning_dopt.compress import DGC
 from lightning_dopt.engine import Engine
 from lightning_dopt.local.loss_weights import LossWeights, warn_if_scale_free
 from lightning_dopt.plan import Plan
@@ -80,6 +81,28 @@ def warn_of_averages(plan: Plan, size: int, callbacks: list[Any]) -> None:
             "WeightAveraging averages each rank's own replica over time: validation measures other weights on every rank "
             "and the main checkpoint holds rank 0's average; after fit all ranks hold the mean of their averages"
         )
+
+
+def check_momentum(plan: Plan, inner: list[Optimizer]) -> None:
+    """Momentum before the compressor and again in the optimizer is no published method, and most likely a mistake.
+
+    Raises:
+        ValueError: an optimizer has momentum, and so does the memory of the gradients.
+    """
+    memory = next((s.codec for s in plan if isinstance(s.codec, DGC) and s.what.slot == "gradients"), None)
+    if memory is None or not memory.momentum:
+        return
+    for optimizer in inner:
+        if any(group.get("momentum", 0) for group in optimizer.param_groups):
+            raise ValueError(
+                f"{memory!r} with {type(optimizer).__name__}(momentum=...): momentum would be applied twice; use an optimizer "
+                "without momentum"
+            )
+        if any("betas" in group for group in optimizer.param_groups):
+            rank_zero_warn(
+                f"{memory!r} with {type(optimizer).__name__}: has its momentum before the compressor; use plain SGD, or "
+                "ErrorFeedback with this optimizer"
+            )
 
 
 def warn_of_lost_weights(plan: Plan, inner: list[Optimizer], clip: float | None) -> None:

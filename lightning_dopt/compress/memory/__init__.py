@@ -7,12 +7,13 @@ from lightning_dopt.compress.memory.diana import DIANA
 from lightning_dopt.compress.memory.error_feedback import EF21, EControl, ErrorFeedback
 from lightning_dopt.compress.memory.gossip import DeepSqueeze, Difference, MoniQua
 from lightning_dopt.compress.memory.inexact import Averaged, Direct
-from lightning_dopt.compress.memory.momentum import DGC
+from lightning_dopt.compress.memory.momentum import DGC, GMF
 
 __all__ = [
     "DGC",
     "DIANA",
     "EF21",
+    "GMF",
     "Averaged",
     "DeepSqueeze",
     "Difference",

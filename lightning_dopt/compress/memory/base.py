@@ -37,6 +37,9 @@ class Memory(Codec):
     relative: bool = False
     """Whether a message means something only beside the receiver's own value; see :meth:`localise`."""
 
+    lr_inside: bool = False
+    """Whether it holds gradients times the learning rate: what it is given and what it gives are steps then."""
+
     static: bool = False
     """Whether it needs a graph that does not change."""
 

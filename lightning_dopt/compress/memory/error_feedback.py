@@ -12,26 +12,34 @@ from lightning_dopt.compress.memory.base import Memory
 class ErrorFeedback(Memory):
     """EF14: what was not sent is added to the next signal, ``v = decay e + s``, ``e = v - C(v)``, result ``mean C(v)``.
 
-    With ``decay = 1`` nothing is lost: the sum of all messages plus the residual is the sum of all signals. The
-    learning rate stays outside: the residual is in units of the signal. At a constant learning rate it converges on
-    unequal data to a neighbourhood proportional to that rate.
+    With ``decay = 1`` nothing is lost: the sum of all messages plus the residual is the sum of all signals. At a constant
+    learning rate it converges on unequal data to a neighbourhood proportional to that rate.
 
-    Source: Seide et al., Interspeech 2014; Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019, algorithm 2.
+    *The learning rate* may stay outside, then the residual is a gradient and takes part at the rate of the step in
+    which it is sent. Or inside, as in the theory: ``v = decay e + lr g``, and the optimizer is given ``mean C(v) / lr``, so
+    that with plain SGD ``x`` moves by ``mean C(v)`` and what was left out keeps the rate of its own step. They differ only
+    where the rate changes: once it has fallen tenfold, residuals of before weigh ten times as much inside. Either way
+    what is sent in a step with a rate of 0 is lost.
+
+    Source: Seide et al., Interspeech 2014; Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019, algorithm 2
+    (inside).
 
     Args:
         codec: a contractive compressor, or an unbiased one (then scaled).
         decay: share of the residual kept from step to step, in (0, 1].
+        lr_inside: whether the residual holds gradients times the learning rate; for gradients only.
 
     Raises:
-        ValueError: ``codec`` is no compressor or ``decay`` outside (0, 1].
+        ValueError: ``codec`` is no compressor or ``decay`` outside (0, 1]; from the sync, ``lr_inside`` for parameters.
     """
 
     keys: tuple[str, ...] = ("residual",)
     moved = ("residual", -1.0)
 
-    def __init__(self, codec: Compressor, decay: float = 1.0) -> None:
+    def __init__(self, codec: Compressor, decay: float = 1.0, lr_inside: bool = False) -> None:
         super().__init__(codec)
         self.decay = check_float("ErrorFeedback", "decay", decay, 0.0, 1.0, open_low=True)
+        self.lr_inside = lr_inside
 
     def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """``e <- decay e + s``, returned in place."""
