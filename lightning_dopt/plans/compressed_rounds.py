@@ -87,7 +87,7 @@ def scaffold(sync_every: int = 8, outer_lr: float = 1.0) -> Plan:
 
 
 def scallion(
-    codec: Compressor | None = None, sync_every: int = 8, alpha: float | None = None, outer_lr: float = 1.0
+    codec: Compressor | None = None, sync_every: int = 8, alpha: float | None = None, outer_lr: float | None = None
 ) -> Plan:
     """SCALLION: SCAFFOLD with one compressed message per round, by an unbiased compressor.
 
@@ -95,7 +95,8 @@ def scallion(
         codec: An unbiased compressor; ``None`` means ``RandK(0.1)``.
         sync_every: Optimizer steps per round.
         alpha: Share of what is missing that is sent; ``None`` means ``1 / (1 + omega)``.
-        outer_lr: Step of the anchor along the estimated change.
+        outer_lr: Step of the anchor along the estimated change, which lags the more the smaller ``alpha`` is; ``None`` means
+            ``alpha``. With 1 a quadratic problem whose curvature times the rate of a round was about 1 diverged.
 
     Raises:
         ValueError: an option out of range, or a biased codec.
@@ -108,7 +109,9 @@ def scallion(
     if omega is None:
         raise ValueError(f"scallion(codec={wire!r}): must be unbiased, such as RandK(0.1); for others use scafcom")
     share = alpha if alpha is not None else 1.0 / (1.0 + omega)
-    return Plan([Sync(when=Every(sync_every), signal="delta", codec=wire, outer=SGD(outer_lr))], [Scaffold(share)])
+    return Plan(
+        [Sync(when=Every(sync_every), signal="delta", codec=wire, outer=SGD(outer_lr or share))], [Scaffold(share)]
+    )
 
 
 def scafcom(codec: Compressor | None = None, sync_every: int = 8, beta: float = 0.5, outer_lr: float = 1.0) -> Plan:
