@@ -306,7 +306,7 @@ def test_a_correction_without_a_rate_and_a_state_without_an_optimizer_say_what_i
 def test_dropping_most_of_a_message_without_a_memory_warns(codec: compress.Compressor) -> None:
     for what in ("gradients", "parameters"):
         with pytest.warns(UserWarning, match=re.escape(f"use codec=ErrorFeedback({codec!r})")):
-            Sync(what=what, codec=codec)
+            Plan([Sync(what=what, codec=codec)])
 
 
 def test_unstable_outer_rates_warn() -> None:

@@ -416,7 +416,7 @@ def test_scaffold_with_one_step_is_sgd() -> None:
     ("plan", "steps"),
     [
         (plans.scaffold(5), 400),
-        (plans.scallion(RandK(0.4), 5), 600),
+        (plans.scallion(RandK(0.4), 5, outer_lr=1.0), 600),
         (plans.scafcom(TopK(0.4), 5, 0.5), 600),
         (Plan([Sync(Every(5), signal="delta", codec=Int8(), outer=SGD(0.7))], [Scaffold(1.0, 0.7)]), 600),
     ],
