@@ -121,7 +121,11 @@ class Engine:
 
     def _runner(self, index: int, sync: Sync, label: str, lanes: list[Lane]) -> SyncRunner:
         seed = self.plan.sync_seed(index)
-        channels = [make_channel(sync, lane, self.world, key(seed, k), label) for k, lane in enumerate(lanes)]
+        total = sum(lane.numel for lane in lanes) or 1
+        channels = [
+            make_channel(sync, lane, self.world, key(seed, k), label, lane.numel / total)
+            for k, lane in enumerate(lanes)
+        ]
         corrections = [] if sync.what.slot == "buffers" else self.corrections
         for correction in corrections:
             if sync.what.slot in correction.slots:

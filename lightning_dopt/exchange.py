@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,12 +11,16 @@ from torch import Tensor
 from lightning_dopt._random import key
 from lightning_dopt.apply import Blocking
 from lightning_dopt.comm.world import Pending, Talk, World
-from lightning_dopt.compress import Identity
+from lightning_dopt.compress import Budget, Identity
+from lightning_dopt.compress.allocation import Allocation
 from lightning_dopt.compress.base import Share
 from lightning_dopt.compress.memory import Difference, Memory, as_compressor
 from lightning_dopt.compress.packing import Packing
 from lightning_dopt.plan import Sync
 from lightning_dopt.slots import Lane
+
+_SURVEY = 1 << 20
+"""Sets the seeds of measured errors apart from those of messages."""
 
 
 class Flight:
@@ -83,9 +87,10 @@ class Channel:
         world: With whom.
         seed: Seed of this channel's random codecs, the same on all ranks.
         label: Name in the ledger and in errors.
+        share: Part of the sync's elements that are in this lane.
     """
 
-    def __init__(self, sync: Sync, lane: Lane, world: World, seed: int, label: str) -> None:
+    def __init__(self, sync: Sync, lane: Lane, world: World, seed: int, label: str, share: float = 1.0) -> None:
         self.sync, self.lane, self.world, self.seed, self.label = sync, lane, world, seed, label
         self.compressor, self.memory = as_compressor(sync.codec)
         self.shapes = [f.shape for f in lane.fields]
@@ -97,14 +102,31 @@ class Channel:
         self.memory_state = self.memory.state(start) if self.memory is not None and not self.by_edge else {}
         self.codec_state: dict[str, Tensor] = {}
         self.combine_state = sync.combine.state(start, sync.peers, world.size, world.rank)
-        self.packing = self._pack_as(self.compressor.parts(self.shapes))
-        """How the tensors of the next message are packed."""
+        scale = self.memory.scale if self.memory is not None else None
+        budget = self.compressor if isinstance(self.compressor, Budget) else None
+        self.allocation = Allocation(budget, self.shapes, share, scale) if budget is not None else None
+        self.packing = Packing(self._parts(), self.shapes, scale)
+        """How the tensors of the next message are packed; it changes only between messages."""
         self.exchanges = sync.combine.exchanges(sync.peers, world.size)
         self._free: list[Tensor] = []
         self._boxes: dict[tuple[int, int], Tensor] = {}
 
-    def _pack_as(self, parts: list[Share]) -> Packing:
-        return Packing(parts, self.shapes, self.memory.scale if self.memory is not None else None)
+    def _parts(self) -> list[Share]:
+        return self.compressor.parts(self.shapes) if self.allocation is None else self.allocation.parts()
+
+    def survey(self, values: Sequence[Tensor], round_: int, exchange: int, seed: int) -> Pending | Tensor | None:
+        """If a budget is due: begin to sum over all ranks what :meth:`replan` rests on."""
+        if self.allocation is None or exchange or not self.allocation.budget.due(round_ // self.exchanges):
+            return None
+        table = self.allocation.measure(values, key(seed, _SURVEY))
+        return self.world.all_reduce(table, self.label) if self.world.size > 1 else table
+
+    def replan(self, survey: Pending | Tensor | None) -> Talk[None]:
+        """From the next message on, pack as the survey suggests."""
+        if survey is None or self.allocation is None:
+            return
+        self.allocation.update(survey if isinstance(survey, Tensor) else (yield survey))
+        self.packing = self.packing.repacked(self._parts())
 
     @property
     def sums(self) -> bool:
@@ -146,8 +168,9 @@ class Channel:
         seed = key(self.seed, wire.step) if exchange == 0 else key(key(self.seed, wire.step), exchange)
         round_ = wire.round + exchange
         if self.by_edge:
-            return (yield from self._mixed_by_edge(message, seed, round_))
+            return (yield from self._mixed_by_edge(message, seed, round_, exchange))
         value = self.memory.load(message, self.memory_state) if self.memory is not None else message
+        survey = self.survey([value], wire.round, exchange, seed)
         own: Tensor | None = None
         if self.sums:
             if wire.need_own:
@@ -157,6 +180,7 @@ class Channel:
             payload = self._pack(value, seed)
             own = self._noted(payload, value, seed, wire)
             mixed = yield from self._exchanged(payload, seed, round_, message, self.take(wire.buffers))
+        yield from self.replan(survey)
         if self.memory is None:
             return mixed
         assert own is not None
@@ -251,7 +275,7 @@ class Channel:
             boxes[j] = self._boxes[k, length]
         return self.world.exchange(send, receive, self.label, boxes)
 
-    def _mixed_by_edge(self, message: Tensor, seed: int, round_: int) -> Talk[Tensor]:
+    def _mixed_by_edge(self, message: Tensor, seed: int, round_: int, exchange: int) -> Talk[Tensor]:
         """:class:`Difference` over a changing graph: a public copy for every neighbour, brought up to date when they meet.
 
         ``x + gamma (sum_j W[i, j] xh_{j -> i} - sum_k W[k, i] xh_{i -> k})`` keeps the mean for every doubly stochastic ``W``.
@@ -262,6 +286,9 @@ class Channel:
         assert isinstance(memory, Difference)
         n, rank = world.size, world.rank
         to, heard = self._open(peers.receivers(n, rank, round_)), self._open(peers.neighbors(n, rank, round_))
+        survey = self.survey(
+            [message - self._copy_of("to", k, message) for k in to], round_ - exchange, exchange, seed
+        )
         send = {}
         for k in to:
             mine = self._copy_of("to", k, message)
@@ -279,6 +306,7 @@ class Channel:
         for k in to:
             weight = weights[k] if self.linked else peers.row(n, k, round_)[rank]
             message.sub_(self._copy_of("to", k, message), alpha=gamma * weight)
+        yield from self.replan(survey)
         return message
 
     def _copy_of(self, way: str, rank: int, like: Tensor) -> Tensor:
@@ -326,6 +354,8 @@ class Channel:
     def tensors(self) -> dict[str, Tensor]:
         """The state of the codec, its memory and the combine, for a checkpoint."""
         kinds = {"memory": self.memory_state, "codec": self.codec_state, "combine": self.combine_state}
+        if self.allocation is not None:
+            kinds["budget"] = {"choice": self.allocation.tensor()}
         return {f"{kind}.{k}": t for kind, state in kinds.items() for k, t in state.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -341,7 +371,10 @@ class Channel:
                     f"sync '{self.label}': the checkpoint's copies of neighbours are from a run with another on_lost_peer or "
                     "patience; resume with the same"
                 )
-            if kind == "codec" or self.by_edge:  # these come into being with the first messages
+            if kind == "budget" and self.allocation is not None:
+                self.allocation.load(saved)
+                self.packing = self.packing.repacked(self._parts())
+            elif kind == "codec" or self.by_edge:  # these come into being with the first messages
                 state = self.codec_state if kind == "codec" else self.memory_state
                 state[k] = saved.to(self.lane.live.device, copy=True)
             else:

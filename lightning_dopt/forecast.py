@@ -296,6 +296,7 @@ class _SizedLane(LaneRunner):
             return _DONE
         exchanges = self.channel.exchanges
         sums, payload = self._load(round_)
+        survey = self._survey(round_)
         for exchange in range(round_ * exchanges, (round_ + 1) * exchanges):
             for part in sums:
                 yield self.world.all_reduce(part, label)
@@ -303,7 +304,17 @@ class _SizedLane(LaneRunner):
                 yield self.world.all_gather(payload, label)
             elif not sums:
                 yield self.world.gossip(payload.nbytes + self._beside(), peers, exchange, label)
+            if survey is not None:
+                yield survey
+                survey = None
         return _DONE
+
+    def _survey(self, round_: int) -> Pending | None:
+        """The sum that a budget's next choice rests on; what it will choose nobody knows."""
+        allocation = self.channel.allocation
+        if allocation is None or not allocation.budget.due(round_):
+            return None
+        return self.world.all_reduce(torch.empty(allocation.entries, device=_META), self.channel.label)
 
     def _beside(self) -> int:
         """Bytes that the combine sends beside each message; where its weights stay one it sends none."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from lightning_dopt.combine import Combine, PushSum, RelaySum
 from lightning_dopt.comm.links import Links
+from lightning_dopt.compress import Budget
 from lightning_dopt.compress.base import Compressor
-from lightning_dopt.compress.memory import DeepSqueeze, Difference, MoniQua
+from lightning_dopt.compress.memory import DeepSqueeze, Difference, MoniQua, as_compressor
 from lightning_dopt.local import SAM, GradientTracking, LossWeights, Prox, QuasiGlobalMomentum
 from lightning_dopt.plan import Plan, Sync, is_exact
 from lightning_dopt.topology import Complete
@@ -48,6 +49,8 @@ def _check_sync(sync: Sync, n: int, option: str, links: Links) -> None:
             "as OnePeerHypercube(), Ring() or RandomPairs()"
         )
     check_symmetric(peers, n, option)
+    if isinstance(as_compressor(codec)[0], Budget):
+        raise ValueError(f"Sync(codec={codec!r}): all ranks add up errors for its choices, with {option} use a fixed codec")
     if _needs_everybody(sync.combine):
         raise ValueError(f"Sync(combine={sync.combine!r}): loses mass with a message, with {option} use Mixing()")
     if not isinstance(codec, (Compressor, *MEMORIES)):

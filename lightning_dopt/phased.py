@@ -15,10 +15,10 @@ from lightning_dopt.plan import Sync
 from lightning_dopt.slots import Lane
 
 
-def make_channel(sync: Sync, lane: Lane, world: World, seed: int, label: str) -> Channel:
+def make_channel(sync: Sync, lane: Lane, world: World, seed: int, label: str, share: float = 1.0) -> Channel:
     """The channel for a sync: one per phase inside one if its compressor is :class:`Phases`."""
     phased = isinstance(as_compressor(sync.codec)[0], Phases)
-    return (PhasedChannel if phased else Channel)(sync, lane, world, seed, label)
+    return (PhasedChannel if phased else Channel)(sync, lane, world, seed, label, share)
 
 
 class PhasedChannel(Channel):
@@ -27,8 +27,8 @@ class PhasedChannel(Channel):
     A flight belongs to the channel that launched it, so what is under way at a border is decoded as it was packed.
     """
 
-    def __init__(self, sync: Sync, lane: Lane, world: World, seed: int, label: str) -> None:
-        super().__init__(sync, lane, world, seed, label)
+    def __init__(self, sync: Sync, lane: Lane, world: World, seed: int, label: str, share: float = 1.0) -> None:
+        super().__init__(sync, lane, world, seed, label, share)
         phases, _ = as_compressor(sync.codec)
         assert isinstance(phases, Phases)
         self.phases = phases

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from lightning_dopt.compress.base import Codec, Compressor
+from lightning_dopt.compress.budget import Budget, ByteBudget, LGreCo
 from lightning_dopt.compress.compose import Compose
 from lightning_dopt.compress.dense import BF16, FP16, Identity
+from lightning_dopt.compress.dense_below import DenseBelow
 from lightning_dopt.compress.fedzip import FedZip
 from lightning_dopt.compress.floats import E3M0, FP8, Natural
 from lightning_dopt.compress.levels import QSGD, TernGrad
@@ -47,12 +49,15 @@ __all__ = [
     "QSGD",
     "Averaged",
     "BlockTopK",
+    "Budget",
+    "ByteBudget",
     "Codec",
     "Compose",
     "Compressor",
     "CountSketch",
     "DCTTopK",
     "DeepSqueeze",
+    "DenseBelow",
     "Difference",
     "Direct",
     "EControl",
@@ -62,6 +67,7 @@ __all__ = [
     "Identity",
     "Int4",
     "Int8",
+    "LGreCo",
     "LowRank",
     "Memory",
     "MoniQua",

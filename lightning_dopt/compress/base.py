@@ -48,6 +48,9 @@ class Compressor(Codec):
     layerwise: bool = False
     """Whether it must see tensors one by one in their own shape (low rank) rather than one long flat message."""
 
+    adaptive: bool = False
+    """Whether what it makes of tensors changes during training (budgets, phases); such compressors do not nest."""
+
     @abstractmethod
     def payload_bytes(self, shape: Shape) -> int:
         """Exact length in bytes of the message for a tensor of this shape: values, indices, scales and padding."""
@@ -69,6 +72,10 @@ class Compressor(Codec):
     def roundtrip(self, x: Tensor, seed: int = 0) -> Tensor:
         """What a receiver decodes when ``x`` is sent: ``decode(encode(x))``, in the shape and dtype of ``x``."""
         return self.decode(self.encode(x, seed), x.shape, x.dtype, seed)
+
+    def squared_error(self, x: Tensor, seed: int = 0, scale: float = 1.0) -> Tensor:
+        """``||scale C(x) - x||^2``, a number in a tensor: measured, or in the mean over the seed where that is known."""
+        return self.roundtrip(x, seed).mul_(scale).sub_(x).square_().sum()
 
     def contraction(self, shape: Shape) -> float | None:
         """Largest known ``delta`` with ``E||C(x) - x||^2 <= (1 - delta) ||x||^2`` for all x, if one is known."""

@@ -8,7 +8,6 @@ from torch import Tensor
 from lightning_dopt._random import key
 from lightning_dopt.compress._wire import as_bytes, check_length, section
 from lightning_dopt.compress.base import Compressor, Shape
-from lightning_dopt.compress.phases import Phases
 
 
 class Compose(Compressor):
@@ -36,8 +35,10 @@ class Compose(Compressor):
             raise ValueError(
                 f"Compose(first={first!r}): must be a compressor that sends some elements: TopK, BlockTopK, Threshold or DCTTopK"
             )
-        if not isinstance(second, Compressor) or isinstance(second, Phases):
-            raise ValueError(f"Compose(second={second!r}): must be a compressor (memories and phases go around it)")
+        if not isinstance(second, Compressor) or second.adaptive:
+            raise ValueError(
+                f"Compose(second={second!r}): must be a compressor (memories, phases and budgets go around it)"
+            )
         self.first = first
         self.second = second
 

@@ -34,6 +34,10 @@ class Identity(FlatCompressor):
         """A copy of ``x`` in its own dtype."""
         return x.detach().clone()
 
+    def squared_error(self, x: Tensor, seed: int = 0, scale: float = 1.0) -> Tensor:
+        """``(scale - 1)^2 ||x||^2``."""
+        return x.square().sum() * (scale - 1.0) ** 2
+
     def contraction(self, shape: Shape) -> float:
         """1: no error."""
         return 1.0

@@ -12,6 +12,8 @@ from lightning_dopt.compress._thin import add_products, times, transposed_times
 from lightning_dopt.compress._wire import as_bytes, check_length, section
 from lightning_dopt.compress.base import Compressor, ManyRounds, Room, Rounds, Shape, join, numel, split
 
+_EXTRA, _ITERATIONS = 8, 4  # columns beyond the rank, and rounds, that measure how good a rank would be
+
 
 class LowRank(Compressor):
     """PowerSGD: a matrix ``M`` (a x b) is sent as ``P`` (a x r, orthonormal columns) and ``Q = M^T P`` (b x r).
@@ -114,6 +116,24 @@ class LowRank(Compressor):
             product = values.new_empty(a, b)
             add_products([product], p, q, 1.0, clear=True)
             target.add_(product.view(out.shape), alpha=weight)
+
+    def squared_error(self, x: Tensor, seed: int = 0, scale: float = 1.0) -> Tensor:
+        """That of the best approximation of this rank, towards which warm starts converge (``scale`` is 1 for low rank).
+
+        A few iterations with more columns than the rank find the leading subspace.
+        """
+        matrix = self.factors(x.shape)
+        if matrix is None:
+            return torch.zeros((), device=x.device)
+        a, b, r = matrix
+        m = x.detach().reshape(a, b)
+        q = _gaussian(b, min(r + _EXTRA, a, b), torch.Generator().manual_seed(seed), m)
+        for _ in range(_ITERATIONS):
+            p = orthonormal(m @ q)
+            q = m.T @ p
+        u, s, v = torch.linalg.svd(q, full_matrices=False)
+        best = (p @ v[:r].T) @ (u[:, :r] * s[:r]).T
+        return torch.sub(m, best, out=best).square_().sum()
 
     def rounds(self, x: Tensor, state: dict[str, Tensor], seed: int, size: int) -> Rounds:
         """Two sums (``P``, then ``Q``) for a matrix, else one; ``state["q"]`` (b x r) is the warm start."""

@@ -59,11 +59,15 @@ class Packing:
         ends = [0]
         for shape in self.shapes:
             ends.append(ends[-1] + numel(shape))
-        self.numel = ends[-1]
+        self.scale = scale
         whole = len(parts) == 1 and not parts[0][0].layerwise
         self.pieces = [self._piece(codec, tuple(members), ends, scale, whole) for codec, members in parts]
         self.nbytes = sum(piece.nbytes for piece in self.pieces)
         """Length of a message."""
+
+    def repacked(self, parts: Sequence[Share]) -> Packing:
+        """The layout of the same tensors under other compressors."""
+        return Packing(parts, self.shapes, self.scale)
 
     def _piece(
         self, codec: Compressor, members: tuple[int, ...], ends: list[int], scale: Scale | None, whole: bool

@@ -27,10 +27,12 @@ class Phases(Compressor):
         ValueError: something else than compressors, or not one number for each but the last.
     """
 
+    adaptive = True
+
     def __init__(self, codecs: Sequence[Compressor], lengths: Sequence[int]) -> None:
         self.codecs = list(codecs)
-        if not self.codecs or not all(isinstance(c, Compressor) and not isinstance(c, Phases) for c in self.codecs):
-            raise ValueError(f"Phases(codecs={self.codecs!r}): must be compressors (phases do not nest)")
+        if not self.codecs or not all(isinstance(c, Compressor) and not c.adaptive for c in self.codecs):
+            raise ValueError(f"Phases(codecs={self.codecs!r}): must be compressors (phases do not nest and hold no budgets)")
         self.lengths = [check_int("Phases", "lengths", length, 1) for length in lengths]
         if len(self.lengths) != len(self.codecs) - 1:
             raise ValueError(

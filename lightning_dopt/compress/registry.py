@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable
 
 from lightning_dopt.compress.base import Codec, Compressor
+from lightning_dopt.compress.budget import ByteBudget, LGreCo
 from lightning_dopt.compress.compose import Compose
 from lightning_dopt.compress.dense import BF16, FP16, Identity
+from lightning_dopt.compress.dense_below import DenseBelow
 from lightning_dopt.compress.fedzip import FedZip
 from lightning_dopt.compress.floats import E3M0, FP8, Natural
 from lightning_dopt.compress.levels import QSGD, TernGrad
@@ -60,6 +62,9 @@ _CLASSES: tuple[type[Codec], ...] = (
     Phases,
     FedZip,
     GaussianNoise,
+    DenseBelow,
+    LGreCo,
+    ByteBudget,
     ErrorFeedback,
     EF21,
     EControl,
@@ -75,6 +80,8 @@ _CLASSES: tuple[type[Codec], ...] = (
 
 
 def _snake(name: str) -> str:
+    if name == "LGreCo":
+        return "l_greco"
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 

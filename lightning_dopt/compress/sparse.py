@@ -100,6 +100,12 @@ class RandK(_Sparse):
         omega = self.variance(shape)
         return 1.0 - omega if omega < 1.0 else None
 
+    def squared_error(self, x: Tensor, seed: int = 0, scale: float = 1.0) -> Tensor:
+        """``(k / d (scale d / k - 1)^2 + 1 - k / d) ||x||^2``, the mean over the seed."""
+        share = self.kept(x.shape) / max(1, x.numel())
+        factor = share * (scale / share - 1.0) ** 2 + 1.0 - share if x.numel() else 0.0
+        return x.square().sum() * factor
+
     def positions(self, shape: Shape, seed: int, device: torch.device | str = "cpu") -> Tensor:
         """The ``k`` positions that are sent under this seed, ascending, int64."""
         d, k = numel(shape), self.kept(shape)
