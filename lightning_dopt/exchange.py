@@ -286,9 +286,7 @@ class Channel:
         assert isinstance(memory, Difference)
         n, rank = world.size, world.rank
         to, heard = self._open(peers.receivers(n, rank, round_)), self._open(peers.neighbors(n, rank, round_))
-        survey = self.survey(
-            [message - self._copy_of("to", k, message) for k in to], round_ - exchange, exchange, seed
-        )
+        survey = self.survey([message - self._copy_of("to", k, message) for k in to], round_ - exchange, exchange, seed)
         send = {}
         for k in to:
             mine = self._copy_of("to", k, message)

@@ -50,6 +50,8 @@ class Forecast:
     """Virtual time until the last rank has finished."""
     stall_s: float
     """Virtual time that the rank which waits longest stands still."""
+    replanned: Mapping[str, int]
+    """Syncs whose codec has a budget, and after how many rounds it chooses anew: their bytes are those of the start."""
     memory: Mapping[str, int]
     """Bytes per worker beyond model, gradients and inner optimizer, by purpose."""
 
@@ -84,7 +86,8 @@ def forecast(
     The engine itself runs, over tensors that have a shape and no content, so the order of messages, their sizes and the
     waiting are those of a real run; only encoding, decoding and arithmetic are left out. Bytes and times equal those of
     :class:`~lightning_dopt.Simulation` exactly. Agreement flags of mixed precision and measurements of the consensus
-    are no part of it. A schedule that measures (``Drifted``) is taken to sync whenever it may: the most it can cost.
+    are no part of it. Messages of a budget are taken to stay as they start (:attr:`Forecast.replanned`). A schedule that
+    measures (``Drifted``) is taken to sync whenever it may: the most it can cost.
 
     Args:
         plan: What to do.
@@ -130,6 +133,7 @@ def forecast(
         peak_step_bytes=max(peak, world.most_since(before)),
         seconds=max(worker.clock.now for worker in workers),
         stall_s=max(worker.clock.stall_s for worker in workers),
+        replanned=engine.replanned(),
         memory=memory,
     )
 
@@ -423,6 +427,11 @@ class _SizedEngine(Engine):
     def rounds(self) -> dict[str, int]:
         """Rounds sent by label."""
         return {runner.label: runner.rounds for runner in self._all_runners()}
+
+    def replanned(self) -> dict[str, int]:
+        """Periods of budgets by label."""
+        channels = [lane.channel for runner in self._all_runners() for lane in runner.lanes]
+        return {c.label: c.allocation.budget.every for c in channels if c.allocation is not None}
 
     def memory(self) -> dict[str, int]:
         """Bytes beyond model, gradients and inner optimizer."""

@@ -50,7 +50,9 @@ def _check_sync(sync: Sync, n: int, option: str, links: Links) -> None:
         )
     check_symmetric(peers, n, option)
     if isinstance(as_compressor(codec)[0], Budget):
-        raise ValueError(f"Sync(codec={codec!r}): all ranks add up errors for its choices, with {option} use a fixed codec")
+        raise ValueError(
+            f"Sync(codec={codec!r}): all ranks add up errors for its choices, with {option} use a fixed codec"
+        )
     if _needs_everybody(sync.combine):
         raise ValueError(f"Sync(combine={sync.combine!r}): loses mass with a message, with {option} use Mixing()")
     if not isinstance(codec, (Compressor, *MEMORIES)):

@@ -242,7 +242,9 @@ def _traffic(told: Forecast) -> list[str]:
             f"  {label:<20}{rounds:>8}{_bytes(total / rounds if rounds else 0):>14}{_bytes(total / told.steps):>14}"
         )
     lines.append(f"  {'all':<20}{'':>8}{'':>14}{_bytes(told.bytes_per_step):>14}")
-    return [*lines, f"  at most {_bytes(told.peak_step_bytes)} in one step"]
+    lines.append(f"  at most {_bytes(told.peak_step_bytes)} in one step")
+    budgets = told.replanned.items()
+    return lines + [f"  {label}: bytes at the start, planned anew every {every} rounds" for label, every in budgets]
 
 
 def _memory(told: Forecast) -> list[str]:

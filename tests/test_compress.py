@@ -18,15 +18,18 @@ from lightning_dopt.compress import (
     FP16,
     QSGD,
     BlockTopK,
+    ByteBudget,
     Compose,
     Compressor,
     CountSketch,
     DCTTopK,
+    DenseBelow,
     ErrorFeedback,
     FedZip,
     Identity,
     Int4,
     Int8,
+    LGreCo,
     LowRank,
     Natural,
     RandK,
@@ -92,6 +95,11 @@ COMPRESSORS: list[Compressor] = [
     RandomProjection(0.3),
     RandomProjection(0.9),
     LowRank(2),
+    DenseBelow(TopK(0.1), size=300, vectors=False),
+    DenseBelow(Int8(stochastic=True), size=300),
+    DenseBelow(LowRank(2), size=300),
+    LGreCo(BlockTopK(0.1)),
+    ByteBudget(Int4(stochastic=True), 1000),
 ]
 SEEDED = ("RandK", "CountSketch", "RandomProjection", "RandomShift")  # the receivers need the seed
 SHAPES = [(1,), (7,), (255,), (256,), (257,), (4097,), (16, 24), (40, 3, 13), ()]
@@ -108,7 +116,7 @@ def seeded(c: Compressor) -> bool:
 
 
 def random(c: Compressor) -> bool:
-    return c.private or seeded(c) or isinstance(c, LowRank)
+    return c.private or seeded(c) or "LowRank" in repr(c)
 
 
 def sample(kind: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -299,7 +307,7 @@ def test_rounds_give_the_mean_of_all_contributions(c: Compressor, shape: tuple[i
         assert torch.equal(x, before)
         assert own.shape == mean.shape == x.shape
         assert own.data_ptr() != x.data_ptr()
-        if not isinstance(c, LowRank):
+        if "LowRank" not in repr(c):
             torch.testing.assert_close(own, c.roundtrip(x, 7))
 
 

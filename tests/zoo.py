@@ -39,6 +39,7 @@ from lightning_dopt import (
     outer,
     plans,
 )
+from lightning_dopt.compress import ByteBudget, LGreCo
 from lightning_dopt.topology import DirectedRing, Exponential, OnePeerExponential
 
 PLANS: dict[str, Plan] = {
@@ -52,6 +53,9 @@ PLANS: dict[str, Plan] = {
     "top-k": plans.compressed_ddp(TopK(0.1)),
     "rand-k": plans.compressed_ddp(RandK(0.2)),
     "low rank": plans.compressed_ddp(LowRank(1, 1.0)),
+    "l-greco": plans.l_greco(LowRank(1, 1.0), every=2),
+    "byte budget": plans.compressed_ddp(ByteBudget(TopK(0.1), 600, every=2)),
+    "choco budget": plans.gossip(Ring(), Difference(LGreCo(TopK(0.2), every=2), 0.3)),
     "local sgd": plans.local_sgd(3),
     "lo-fi": plans.lo_fi(),
     "diloco": plans.diloco(3),

@@ -40,16 +40,16 @@ class Budget(Compressor):
         for option, values in (("codec", [codec]), ("choices", choices or [])):
             for value in values:
                 if not isinstance(value, Compressor) or value.adaptive:
-                    raise ValueError(f"{name}({option}={value!r}): must be a compressor without a budget (memories go around it)")
+                    raise ValueError(
+                        f"{name}({option}={value!r}): must be a compressor without a budget (memories go around it)"
+                    )
         self.codec = codec
         self.choices = None if choices is None else list(choices)
         self.every = check_int(name, "every", every, 1)
         if choices is not None and not choices:
             raise ValueError(f"{name}(choices={choices!r}): must name at least one compressor")
         if choices is None and len(self.options) == 1:
-            raise ValueError(
-                f"{name}(codec={codec!r}): has no ratio, rank, levels or bits to vary; say choices=[...], the compressors to choose from"
-            )
+            raise ValueError(f"{name}(codec={codec!r}): has no ratio, rank, levels or bits to vary; say choices=[...]")
 
     @property
     def options(self) -> list[Compressor]:
@@ -125,9 +125,10 @@ class Budget(Compressor):
 class LGreCo(Budget):
     """The fewest bytes at no more error than ``codec`` makes on all tensors alike: L-GreCo.
 
-    Minimises the bytes of the message subject to ``sum_l E_l(c_l) <= alpha sum_l E_l(codec)``, where ``E_l(c)`` is the error of tensor
-    ``l`` packed by ``c``, by dynamic programming over 10,000 steps of error (:func:`allocate`). If that would take more bytes than
-    ``codec`` for all (errors are rounded up), it is ``codec`` for all; with ``alpha < 1`` and no choice that good, nothing changes.
+    Minimises the bytes of the message subject to ``sum_l E_l(c_l) <= alpha sum_l E_l(codec)``, where ``E_l(c)`` is the
+    error of tensor ``l`` packed by ``c``, by dynamic programming over 10,000 steps of error. If that would take more bytes
+    than ``codec`` for all (errors are rounded up), it is ``codec`` for all; with ``alpha < 1`` and no choice that good,
+    nothing changes.
 
     The paper's errors are norms and add up as such (``metric="l2"``). Under an error memory the squares add up, ``||v - C(v)||^2``
     being their sum over the tensors: ``metric="l2sq"``. It measures the gradient averaged over the last steps on one
@@ -177,14 +178,14 @@ class LGreCo(Budget):
 class ByteBudget(Budget):
     """The least squared error that ``nbytes`` per round can buy.
 
-    Minimises ``sum_l ||v_l - C_l(v_l)||^2`` subject to ``sum_l bytes_l <= nbytes`` by the dynamic programme of :class:`LGreCo`, the other way
-    round. No message ever exceeds the budget, those before the first choice included: they take the finest option that fits for all tensors
-    alike. A sync that sends several messages in a round (buckets, tensors of several types) gives each its share of elements.
+    Minimises ``sum_l ||v_l - C_l(v_l)||^2`` subject to ``sum_l bytes_l <= nbytes`` by the dynamic programme of
+    :class:`LGreCo`, the other way round. No message ever exceeds the budget, those before the first choice included: they
+    take the finest option that fits for all tensors alike. A sync that sends several messages in a round (buckets, tensors
+    of several types) gives each its share of elements.
 
     Args:
         codec: whose settings may be chosen.
-        nbytes: payload of one rank's messages in one round; over the complete graph a linear codec sends about twice that
-            and another ``n - 1`` times that (see the table of transports).
+        nbytes: bytes of one rank's messages in one round, each counted once, however many ranks hear it.
         choices: what a tensor may be packed by; ``None`` takes coarser and finer settings of ``codec``.
         every: rounds between choices.
 

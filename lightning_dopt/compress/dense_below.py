@@ -88,4 +88,4 @@ class DenseBelow(Compressor):
 
     def rounds(self, x: Tensor, state: dict[str, Tensor], seed: int, size: int) -> Rounds:
         """See :meth:`Compressor.rounds`."""
-        return (yield from self.of(x.shape).rounds(x, state, seed, size))
+        return (yield from (self.of(x.shape) if self.linear else self.codec).rounds(x, state, seed, size))

@@ -15,6 +15,7 @@ from lightning_dopt.plans.exact import d2, diging, exact_diffusion, extra, gradi
 from lightning_dopt.plans.few_levels import qsgd, sign_sgd, terngrad
 from lightning_dopt.plans.fish_mask import fish_mask
 from lightning_dopt.plans.gossip import gossip
+from lightning_dopt.plans.l_greco import l_greco
 from lightning_dopt.plans.lo_fi import lo_fi
 from lightning_dopt.plans.local_sgd import local_sgd
 from lightning_dopt.plans.masha import masha
@@ -35,6 +36,7 @@ from lightning_dopt.plans.weighted_gossip import weighted_gossip
 
 __all__ = [  # noqa: RUF022  (by family)
     "compressed_ddp",
+    "l_greco",
     "diloco",
     "lo_fi",
     "local_sgd",
