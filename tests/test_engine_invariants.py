@@ -225,6 +225,8 @@ def expected_bytes(plan: Plan, n: int, rank: int, steps: int) -> int:
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("plan", ALL)
 def test_bytes_follow_the_formula(plan: Plan, n: int) -> None:
+    if any(as_compressor(sync.codec)[0].adaptive for sync in plan):
+        pytest.skip("chosen anew during the run: see test_budgets.py")
     sim = mosaic_simulation(plan, n).run(6).finish()
     assert sim.bytes == [expected_bytes(plan, n, rank, 6) for rank in range(n)]
     assert [w.ledger.overhead for w in sim.worlds] == [0] * n
