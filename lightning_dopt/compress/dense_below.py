@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_dopt._checks import check_int
+from lightning_dopt._checks import check_flag, check_int
 from lightning_dopt.compress.base import Compressor, Rounds, Shape, Share, numel
 from lightning_dopt.compress.dense import Identity
-from lightning_dopt.compress.quantize import check_flag
 
 
 class DenseBelow(Compressor):
