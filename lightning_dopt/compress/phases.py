@@ -32,7 +32,9 @@ class Phases(Compressor):
     def __init__(self, codecs: Sequence[Compressor], lengths: Sequence[int]) -> None:
         self.codecs = list(codecs)
         if not self.codecs or not all(isinstance(c, Compressor) and not c.adaptive for c in self.codecs):
-            raise ValueError(f"Phases(codecs={self.codecs!r}): must be compressors (phases do not nest and hold no budgets)")
+            raise ValueError(
+                f"Phases(codecs={self.codecs!r}): must be compressors (phases do not nest and hold no budgets)"
+            )
         self.lengths = [check_int("Phases", "lengths", length, 1) for length in lengths]
         if len(self.lengths) != len(self.codecs) - 1:
             raise ValueError(
