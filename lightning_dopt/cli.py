@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import random
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NoReturn
 
 import torch
@@ -119,10 +121,32 @@ def simulate_command(arguments: Sequence[str]) -> str:
     name, parser = _method_parser("simulate", arguments)
     parser.add_argument("--mbit", type=float, default=0.0, help="bandwidth per worker in Mbit/s, 0 for unlimited")
     parser.add_argument("--ms", type=float, default=0.0, help="one-way latency in milliseconds")
-    parser.add_argument("--step-seconds", type=float, default=0.1, help="seconds of one inner step")
+    parser.add_argument(
+        "--step-seconds", type=float, default=0.1, help="seconds of one inner step, of the median worker"
+    )
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=0.0,
+        help="how unequally fast the workers are: standard deviation of the logarithm of their step times (log-normal)",
+    )
+    parser.add_argument(
+        "--lr", type=float, help="peak of a cosine schedule, for methods that read the learning rate (qsr)"
+    )
     plan, given, shapes, buffers = _parsed(name, parser, arguments[1:])
-    link = Link(given["mbit"], given["ms"])
-    return show.simulation(name, plan, shapes, buffers, given["n"], given["steps"], link, given["step_seconds"])
+    if not 0 <= given["spread"] < 5:
+        raise BadInputError(f"--spread={given['spread']:g}: must be a number in [0, 5)")
+    link, seconds = Link(given["mbit"], given["ms"]), spread(given["step_seconds"], given["spread"], given["n"])
+    return show.simulation(name, plan, shapes, buffers, given["n"], given["steps"], link, seconds, given["lr"])
+
+
+def spread(median: float, sigma: float, n: int) -> float | list[float]:
+    """Step times of ``n`` workers: the quantiles ``(i + 1/2) / n`` of a log-normal distribution, dealt out in a fixed order."""
+    if sigma == 0.0:
+        return median
+    normal = NormalDist()
+    times = [median * math.exp(sigma * normal.inv_cdf((rank + 0.5) / n)) for rank in range(n)]
+    return random.Random(0).sample(times, n)
 
 
 def topology_command(arguments: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import nn
 
 from lightning_dopt import apply, combine, fragments, local, outer, plans, schedules, topology, what
 from lightning_dopt._part import Part
+from lightning_dopt.closed_form import closed_form
 from lightning_dopt.comm import Link
 from lightning_dopt.compress import registry as codecs
 from lightning_dopt.forecast import Forecast, Shapes, forecast
@@ -181,12 +183,34 @@ def weighted_text(report: topology.WeightedReport) -> str:
 
 
 def simulation(
-    name: str, plan: Plan, shapes: Shapes, buffers: int, n: int, steps: int, link: Link, step_seconds: float
+    name: str,
+    plan: Plan,
+    shapes: Shapes,
+    buffers: int,
+    n: int,
+    steps: int,
+    link: Link,
+    step_seconds: float | Sequence[float],
+    lr: float | None = None,
 ) -> str:
-    """The cost of a plan beside that of an all-reduce of the gradients in every step."""
+    """The cost of a plan beside that of an all-reduce of the gradients in every step.
+
+    Args:
+        name: Of the method.
+        plan: The plan.
+        shapes: Shape of each trainable parameter by name.
+        buffers: Elements of averaged buffers.
+        n: Number of workers.
+        steps: Optimizer steps.
+        link: Speed of each worker's link.
+        step_seconds: Seconds of one inner step, one number or one per rank.
+        lr: Peak of a cosine schedule of the learning rate, for plans that read it.
+    """
     # one message: buckets hide behind backward, which the virtual clock does not know, so their latencies would be unfair
     every = forecast(Plan([Sync(what=what.Gradients(bucket_mb=0))]), n, shapes, steps, link, step_seconds, buffers)
-    mine = forecast(plan, n, shapes, steps, link, step_seconds, buffers)
+    rate = None if lr is None else lambda t: 0.5 * lr * (1.0 + math.cos(math.pi * t / steps))
+    mine = forecast(plan, n, shapes, steps, link, step_seconds, buffers, lr=rate)
+    formula = closed_form(plan, n, shapes, link, step_seconds) if not buffers and lr is None else None
     speed = f"{link.mbit:g} Mbit/s" if link.mbit else "unlimited bandwidth"
     rows = [
         ("", name, "all-reduce every step"),
@@ -195,10 +219,18 @@ def simulation(
         ("  largest step", _bytes(mine.peak_step_bytes), _bytes(every.peak_step_bytes)),
         ("time", _seconds(mine.seconds), _seconds(every.seconds)),
         ("  of it waiting", _seconds(mine.stall_s), _seconds(every.stall_s)),
+        ("  per step", _seconds(mine.seconds / steps), _seconds(every.seconds / steps)),
         ("extra memory", _bytes(sum(mine.memory.values())), _bytes(sum(every.memory.values()))),
     ]
-    lines = [f"{_model(shapes)}, {n} workers, {steps} steps of {_seconds(step_seconds)}, {speed}, {link.ms:g} ms", ""]
+    if isinstance(step_seconds, (int, float)):
+        each = _seconds(step_seconds)
+    else:
+        each = f"{_seconds(min(step_seconds))} to {_seconds(max(step_seconds))}"
+    lines = [f"{_model(shapes)}, {n} workers, {steps} steps of {each}, {speed}, {link.ms:g} ms", ""]
     lines += [f"{a:<20}{b:>16}{c:>24}" for a, b, c in rows]
+    if formula is not None:
+        told = f"{_bytes(formula.bytes_per_step)} and {_seconds(formula.seconds_per_step)} per step"
+        lines += ["", f"closed formula, in the long run: {told}"]
     sent, others = max(mine.bytes), max(every.bytes)
     if sent and others:
         lines += [
