@@ -57,6 +57,7 @@ class Engine:
         gradient_groups: Parameter names by optimizer, if several optimizers step at different times.
         sync_buffers: Whether buffers are averaged when the plan's first sync of parameters or gradients runs, unless the
             plan names them itself.
+        offload: Whether anchors and outer optimizers live in the memory of the host instead of the parameters' device.
 
     Raises:
         ValueError: the plan does not suit the number of workers, or selects nothing.
@@ -72,6 +73,7 @@ class Engine:
         optimizer_state: Callable[[str, str], Tensor] | None = None,
         gradient_groups: Sequence[Sequence[str]] | None = None,
         sync_buffers: bool = True,
+        offload: bool = False,
     ) -> None:
         plan.check(world.size)
         if world.links is not None:
@@ -79,6 +81,7 @@ class Engine:
         self.plan, self.world = plan, world
         self.parameters = dict(parameters)
         self.step = 0
+        self.offload = offload
         self._begun = False
         self._far: dict[str, bool] = {}
         self._ends: dict[str, int] = {}
@@ -133,7 +136,10 @@ class Engine:
         return SyncRunner(
             sync,
             label,
-            [LaneRunner(sync, lane, ch, corrections, self.lr) for lane, ch in zip(lanes, channels, strict=True)],
+            [
+                LaneRunner(sync, lane, ch, corrections, self.lr, self.offload)
+                for lane, ch in zip(lanes, channels, strict=True)
+            ],
         )
 
     def _add(self, index: int, sync: Sync, label: str) -> None:

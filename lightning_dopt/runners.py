@@ -18,9 +18,14 @@ from lightning_dopt.packed import Packed
 from lightning_dopt.plan import Sync
 from lightning_dopt.slots import Lane
 
+_HOST = torch.device("cpu")
+
 
 class LaneRunner:
     """One lane of one sync: its anchor, outer optimizer, codec memory and the message in flight.
+
+    With ``offload`` anchor and outer optimizer live in the memory of the host, pinned if the lane is on a CUDA device. They are
+    read when a message is formed and moved when a result has come.
 
     Args:
         sync: What to do.
@@ -28,6 +33,7 @@ class LaneRunner:
         channel: Its wire.
         corrections: Those of the plan.
         lr: The learning rate of a parameter by name, for memories in units of steps.
+        offload: Whether anchor and outer optimizer live in the memory of the host.
     """
 
     def __init__(
@@ -37,8 +43,9 @@ class LaneRunner:
         channel: Channel,
         corrections: list[BoundCorrection],
         lr: Callable[[str], float] | None = None,
+        offload: bool = False,
     ) -> None:
-        self.sync, self.lane, self.channel = sync, lane, channel
+        self.sync, self.lane, self.channel, self.offload = sync, lane, channel, offload
         self.corrections = [c for c in corrections if sync.what.slot in c.slots]
         inside = isinstance(sync.codec, Memory) and sync.codec.lr_inside
         self.lr = lr if inside else None
@@ -48,7 +55,9 @@ class LaneRunner:
         self.last_step = 0
         self.pull = sync.outer.pull if sync.outer is not None and sync.signal == "value" else 1.0
         if sync.signal == "delta" or sync.outer is not None:
-            self.anchor = lane.live.detach().to(lane.message_dtype, copy=True)
+            self.anchor = lane.live.detach().to(_HOST if offload else None, lane.message_dtype, copy=True)
+            if lane.live.is_cuda and offload:
+                self.anchor = self.anchor.pin_memory()
         if sync.outer is not None:
             assert self.anchor is not None
             self._anchors = lane.views(self.anchor)
@@ -70,13 +79,17 @@ class LaneRunner:
         buffers: list[Tensor] = []
         if self.sync.signal == "delta":
             assert self.anchor is not None
-            message = torch.sub(self.anchor, live, out=channel.take(buffers))
+            message = channel.take(buffers)
+            if self.offload:
+                message.copy_(self.anchor, non_blocking=True).sub_(live)
+            else:
+                torch.sub(self.anchor, live, out=message)
         elif self._in_place:
             message = live
         else:
             message = channel.take(buffers).copy_(live)
             if self.pull != 1.0 and self.anchor is not None:
-                message.add_(self.anchor, alpha=self.pull - 1.0)
+                message.add_(self._reference(self.anchor), alpha=self.pull - 1.0)
         sent = None
         if self.sync.apply.merge.needs_sent or self.corrections:
             same = live.dtype == self.lane.message_dtype
@@ -140,9 +153,15 @@ class LaneRunner:
             result.add_(fresh.own, alpha=share)
         return result
 
+    def _reference(self, anchor: Tensor) -> Tensor:
+        """The anchor where the live tensors are."""
+        return anchor.to(self.lane.live.device) if self.offload else anchor
+
     def _move_reference(self, result: Tensor) -> Tensor:
         if self.anchor is None:
             return result
+        if self.offload:
+            result = result.to(_HOST)
         if self.sync.signal == "delta":
             direction = result
         else:
@@ -155,7 +174,7 @@ class LaneRunner:
             self.optimizer.step()
             for anchor in self._anchors:
                 anchor.grad = None
-        return self.anchor
+        return self._reference(self.anchor)
 
     def drain(self) -> Talk[None]:
         """After the last step: apply what is still in flight; local progress made since then is kept on top."""
@@ -170,7 +189,7 @@ class LaneRunner:
                 assert flight.own is not None
                 result.sub_(flight.own, alpha=share)
             assert self.anchor is not None
-            before = self.anchor.clone()
+            before = self._reference(self.anchor).clone()
             moved = self._move_reference(result) - before
             self.lane.live.add_(moved.to(self.lane.live.dtype))
 

@@ -35,6 +35,7 @@ class Simulation:
         on_lost_peer: What happens after :meth:`kill`: ``"continue"`` goes on without the rank, ``"end"`` raises.
         patience: Virtual seconds to wait for a neighbour before its link is to rest; see :class:`ProcessGroupWorld`.
         rest: Optimizer steps with a meeting of the pair that a link rests.
+        offload: See :class:`Engine`.
 
     Raises:
         ValueError: ``n < 1``, a plan that does not suit ``n``, or the wrong number of step times.
@@ -52,6 +53,7 @@ class Simulation:
         on_lost_peer: OnLostPeer = "end",
         patience: float | None = None,
         rest: int = REST,
+        offload: bool = False,
     ) -> None:
         check_int("Simulation", "n", n, 1)
         self.seconds = [step_seconds] * n if isinstance(step_seconds, (int, float)) else list(step_seconds)
@@ -66,7 +68,7 @@ class Simulation:
         ]
         self.optimizers = [optimizer(list(r.values())) for r in self.replicas]
         self.engines = [
-            Engine(plan, replica, world, lr=_lr_of(opt), optimizer_state=_state_of(opt, replica))
+            Engine(plan, replica, world, lr=_lr_of(opt), optimizer_state=_state_of(opt, replica), offload=offload)
             for replica, world, opt in zip(self.replicas, self.worlds, self.optimizers, strict=True)
         ]
 

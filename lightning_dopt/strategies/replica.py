@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precisio
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
-from lightning_dopt._checks import check_choice, check_float, check_int
+from lightning_dopt._checks import check_choice, check_flag, check_float, check_int
 from lightning_dopt.comm import Link, ProcessGroupWorld
 from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.comm.link import LinkClock
@@ -47,6 +47,8 @@ class ReplicaStrategy(Collectives):
             validation and leaves it in the module after ``fit``; ``"local"`` keeps each rank's own weights.
         buffers: ``"average"`` averages floating point buffers (BatchNorm statistics, by the law of total variance) whenever
             the plan's first sync runs, ``"local"`` never does; the consensus model always holds their average.
+        offload: Keep anchors and outer optimizers in the memory of the host (pinned for CUDA) instead of the parameters' device:
+            two vectors like the parameters with DiLoCo, at the price of two copies of what is sent per sync.
         clock: Which optimizer's steps count, if there are several (index as in ``configure_optimizers``).
         measure_every: Optimizer steps between measurements of ``consensus/distance`` during training, at the price of an
             all-reduce of the model each; 0 measures at validation only.
@@ -80,6 +82,7 @@ class ReplicaStrategy(Collectives):
         plan: Plan | None = None,
         evaluate: Literal["consensus", "local"] = "consensus",
         buffers: Literal["average", "local"] = "average",
+        offload: bool = False,
         clock: int = 0,
         measure_every: int = 0,
         link: Link | None = None,
@@ -102,6 +105,7 @@ class ReplicaStrategy(Collectives):
         self.plan = plan if plan is not None else Plan(syncs)
         self.evaluate = check_choice(name, "evaluate", evaluate, ("consensus", "local"))
         self.buffer_policy = check_choice(name, "buffers", buffers, ("average", "local"))
+        self.offload = check_flag(name, "offload", offload)
         self.clock_index = check_int(name, "clock", clock, 0)
         self.measure_every = check_int(name, "measure_every", measure_every, 0)
         self.link_step_seconds = _seconds(name, link_step_seconds, link)
@@ -194,7 +198,9 @@ class ReplicaStrategy(Collectives):
                 start.share_start(module)
         inner = [_private.unwrap_optimizer(o) for o in self.optimizers]
         self._index = OptimizerIndex(module, inner, self.clock_index)
-        self.engine = start.make_engine(self.plan, module, self._index, world, self.buffer_policy == "average")
+        self.engine = start.make_engine(
+            self.plan, module, self._index, world, self.buffer_policy == "average", self.offload
+        )
         self.consensus, self._meter = ConsensusModel(self.engine), Meter(world, self.link_step_seconds)
         check_two_passes(self.engine, module, trainer)
         start.check_momentum(self.plan, inner)

@@ -28,7 +28,7 @@ def share_start(module: nn.Module) -> None:
 
 
 def make_engine(
-    plan: Plan, module: LightningModule, index: OptimizerIndex, world: World, average_buffers: bool
+    plan: Plan, module: LightningModule, index: OptimizerIndex, world: World, average_buffers: bool, offload: bool
 ) -> Engine:
     """The engine of a module and its optimizers."""
     saved = module.state_dict(keep_vars=True)  # buffers that no checkpoint holds are constants, such as rotary tables
@@ -41,6 +41,7 @@ def make_engine(
         optimizer_state=index.state,
         gradient_groups=index.groups if index.several else None,
         sync_buffers=average_buffers,
+        offload=offload,
     )
 
 
