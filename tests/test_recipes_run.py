@@ -57,6 +57,11 @@ def options(recipe: Path) -> list[str]:
         chosen.append("--trainer.strategy.init_args.start_method=fork")
         if "sync_every" in strategy.get("init_args", {}):
             chosen.append("--trainer.strategy.init_args.sync_every=2")
+        plan = strategy.get("init_args", {}).get("plan", {}).get("init_args", {})
+        if "sync_every" in plan:
+            chosen.append("--trainer.strategy.init_args.plan.init_args.sync_every=2")
+        if "overlap" in plan:
+            chosen.append("--trainer.strategy.init_args.plan.init_args.overlap=1")
     return [
         *chosen,
         *SMALL[recipe.parent.name],
