@@ -169,6 +169,11 @@ class Channel:
         round_ = wire.round + exchange
         if self.by_edge:
             return (yield from self._mixed_by_edge(message, seed, round_, exchange))
+        if not self.sync.peers.speaks(self.world.size, self.world.rank, round_):  # its memory waits
+            survey = self.survey([message], wire.round, exchange, seed)  # all ranks take part in that
+            mixed = yield from self._exchanged(None, seed, round_, message, self.take(wire.buffers))
+            yield from self.replan(survey)
+            return mixed
         value = self.memory.load(message, self.memory_state) if self.memory is not None else message
         survey = self.survey([value], wire.round, exchange, seed)
         own: Tensor | None = None
@@ -237,18 +242,23 @@ class Channel:
             self.memory.sent(own, self.memory_state)
         return own, mean
 
-    def _exchanged(self, payload: Tensor, seed: int, round_: int, message: Tensor, out: Tensor) -> Talk[Tensor]:
+    def _exchanged(self, payload: Tensor | None, seed: int, round_: int, message: Tensor, out: Tensor) -> Talk[Tensor]:
         world, peers = self.world, self.sync.peers
         if world.size == 1:
+            assert payload is not None
             got: dict[int, Tensor] = {0: payload}
-        elif peers.is_mean(world.size) and not self.linked:
+        elif payload is not None and peers.is_mean(world.size) and not self.linked:
             rows = yield world.all_gather(payload, self.label)
             got = dict(enumerate(rows))
         else:
-            send = dict.fromkeys(self._open(peers.receivers(world.size, world.rank, round_)), payload)
-            receive = dict.fromkeys(self._open(peers.neighbors(world.size, world.rank, round_)), payload.numel())
-            got = dict((yield self.swap(send, receive)))
-            got[world.rank] = payload
+            heard = self._open(peers.neighbors(world.size, world.rank, round_))
+            receive = dict.fromkeys(heard, self.message_bytes)
+            if payload is None:  # takes no part in this round
+                got = dict((yield self.swap({}, receive)))
+            else:
+                send = dict.fromkeys(self._open(peers.receivers(world.size, world.rank, round_)), payload)
+                got = dict((yield self.swap(send, receive)))
+                got[world.rank] = payload
         weights = peers.row(world.size, world.rank, round_)
         if self.linked:
             self.world.ledger.skip(self.label, len(weights.keys() - {world.rank}) - len(receive))

@@ -13,7 +13,7 @@ from lightning_dopt._checks import check_choice, check_int
 from lightning_dopt._part import Part
 from lightning_dopt._random import key
 from lightning_dopt.apply import Apply, Blocking, Delay, OneRound
-from lightning_dopt.combine import Combine, Mixing, PushSum
+from lightning_dopt.combine import Combine, Median, Mixing, PushSum
 from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.memory import Difference, EControl, Memory
@@ -75,7 +75,7 @@ class Sync(Part):
         _check_sync(self)
 
     def _natural_signal(self) -> Signal:
-        over_mean = isinstance(self.peers, Complete) and not codes_values(self.codec)
+        over_mean = self.peers.agrees and not codes_values(self.codec)
         changes = self.outer is not None or not is_exact(self.codec) or isinstance(self.apply, OneRound)
         return "delta" if self.what.slot == "parameters" and over_mean and changes else "value"
 
@@ -156,7 +156,7 @@ class Plan(Part):
                 raise ValueError(
                     f"Sync(peers={sync.peers!r}): rows of the matrix do not sum to one with {n} workers; use combine=PushSum()"
                 )
-            if sync.signal == "delta" and not mean:
+            if sync.signal == "delta" and not (mean or sync.peers.agrees):
                 raise ValueError(
                     f"Sync(signal='delta', peers={sync.peers!r}): anchors of ranks that do not all hear each other drift "
                     "apart; use signal='value' (with codec=Difference(...) if it is lossy) or peers=Complete()"
@@ -177,6 +177,7 @@ class Plan(Part):
                     f"{n} workers; OnePeerExponential() meets few, DeepSqueeze(...) keeps one vector",
                     stacklevel=3,
                 )
+            _check_partial(sync)
             _warn_of_momentum(sync, n)
             if isinstance(sync.apply, OneRound) and sync.apply.inflight == "own_share":
                 _warn_of_delay(sync, n, stacklevel=4)
@@ -308,6 +309,24 @@ def _warn_of_loss(sync: Sync) -> None:
         warnings.warn(
             f"Sync(codec={sync.codec!r}): eta above the compressor's delta, {delta:.3g}, can diverge; use a third of it",
             stacklevel=4,
+        )
+
+
+def _check_partial(sync: Sync) -> None:
+    """What cannot do without the ranks that take no part in a round."""
+    if not sync.peers.partial:
+        return
+    where = f"peers={sync.peers!r}"
+    if isinstance(sync.codec, Memory) and (sync.codec.needs_sum or codes_values(sync.codec)):
+        raise ValueError(
+            f"Sync(codec={sync.codec!r}, {where}): remembers what everybody sent, and some ranks take no part; use "
+            "ErrorFeedback(...), whose residual waits"
+        )
+    if not isinstance(sync.combine, (Mixing, Median)):
+        raise ValueError(f"Sync(combine={sync.combine!r}, {where}): needs every rank in every round, use Mixing()")
+    if isinstance(sync.apply, OneRound) or getattr(sync.apply, "order", "atc") != "atc":
+        raise ValueError(
+            f"Sync(apply={sync.apply!r}, {where}): ranks that take no part have no share; use Blocking() or Delay(...)"
         )
 
 

@@ -94,7 +94,10 @@ class LaneRunner:
         if self.sync.apply.merge.needs_sent or self.corrections:
             same = live.dtype == self.lane.message_dtype
             sent = channel.take(buffers).copy_(live) if same else live.clone()
+        peers, world = self.sync.peers, channel.world
         for correction in self.corrections:
+            speaks, share = peers.speaks(world.size, world.rank, round_), peers.share(world.size, round_)
+            correction.on_round(self.sync.what.slot, self.lane, speaks, share)
             correction.publish(self.sync.what.slot, self.lane, message)
         if self.lr is not None:
             for field, view in zip(self.lane.fields, self.lane.views(message), strict=True):
@@ -129,7 +132,6 @@ class LaneRunner:
         """Before anybody uses a result: corrections change it, and steps become gradients again."""
         for correction in self.corrections:
             if correction.needs_own:
-                assert flight.own is not None
                 correction.on_received(self.sync.what.slot, self.lane, flight.own, result)
         if self.lr is not None:
             for field, view in zip(self.lane.fields, self.lane.views(result), strict=True):

@@ -329,7 +329,7 @@ def test_unstable_outer_rates_warn() -> None:
 def test_sound_plans_do_not_warn(make: Callable[[], Sync]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make()
+        Plan([make()])
 
 
 # ---------------------------------------------------------------------- what is filled in

@@ -4,6 +4,7 @@ from lightning_dopt.local.ascend import Ascend
 from lightning_dopt.local.base import BoundCorrection, Context, Correction
 from lightning_dopt.local.clip import ClipLocal, NoisyGradients
 from lightning_dopt.local.coordinate_clip import CoordinateClip
+from lightning_dopt.local.controlled import ControlVariate
 from lightning_dopt.local.exact_diffusion import ExactDiffusion
 from lightning_dopt.local.extra import Extra
 from lightning_dopt.local.extragradient import Extragradient
@@ -13,7 +14,10 @@ from lightning_dopt.local.loss_weights import LossWeights
 from lightning_dopt.local.masks import FisherMask, NeuronMask
 from lightning_dopt.local.mixed_momentum import MixedMomentum
 from lightning_dopt.local.prox import Prox
+from lightning_dopt.local.prox_skip import ProxSkip
+from lightning_dopt.local.proximal import ConsensusADMM, DualProximal, Proximal
 from lightning_dopt.local.quasi_global import QuasiGlobalMomentum
+from lightning_dopt.local.restart import Restart
 from lightning_dopt.local.robust_tracking import RobustTracking
 from lightning_dopt.local.sam import SAM
 from lightning_dopt.local.scaffold import Scaffold
@@ -25,9 +29,12 @@ __all__ = [
     "BoundCorrection",
     "ClipLocal",
     "ConjugateGradient",
+    "ConsensusADMM",
     "Context",
+    "ControlVariate",
     "CoordinateClip",
     "Correction",
+    "DualProximal",
     "ExactDiffusion",
     "Extra",
     "Extragradient",
@@ -39,7 +46,10 @@ __all__ = [
     "NeuronMask",
     "NoisyGradients",
     "Prox",
+    "ProxSkip",
+    "Proximal",
     "QuasiGlobalMomentum",
+    "Restart",
     "RobustTracking",
     "Scaffold",
     "Stiefel",

@@ -103,16 +103,19 @@ class BoundCorrection:
     def on_stepped(self) -> None:
         """After the optimizer's update and before anything is sent: change the parameters in place."""
 
+    def on_round(self, slot: str, lane: Lane, speaks: bool, share: float) -> None:
+        """Before :meth:`publish`: whether this rank takes part in the round, and the weight of all ranks that do."""
+
     def publish(self, slot: str, lane: Lane, message: Tensor) -> None:
         """Before ``message`` (a private copy with the lane's layout) is sent: change it in place."""
 
-    def on_received(self, slot: str, lane: Lane, own: Tensor, result: Tensor) -> None:
+    def on_received(self, slot: str, lane: Lane, own: Tensor | None, result: Tensor) -> None:
         """Before the lane or its anchor takes a result, if :attr:`needs_own`: change ``result`` in place.
 
         Args:
             slot: The slot of the sync.
             lane: The lane that it is for.
-            own: What receivers made of this rank's message.
+            own: What receivers made of this rank's message; ``None`` if it took no part in the round.
             result: The combined messages.
         """
 

@@ -81,6 +81,7 @@ class _BoundScaffold(BoundCorrection):
         self.own, self.mean = zeros(context.lanes), zeros(context.lanes)
         self.learnt = zeros(context.lanes) if beta < 1 else []
         self.rates = torch.zeros(len(context.parameters), dtype=torch.float64)
+        self.speaks, self.share = True, 1.0
         self._place = {name: k for k, name in enumerate(context.parameters)}
 
     def on_gradient(self, names: Collection[str]) -> None:
@@ -93,7 +94,12 @@ class _BoundScaffold(BoundCorrection):
         for name, k in self._place.items():
             self.rates[k] += self.context.lr(name)
 
+    def on_round(self, slot: str, lane: Lane, speaks: bool, share: float) -> None:
+        self.speaks, self.share = speaks, share
+
     def publish(self, slot: str, lane: Lane, message: Tensor) -> None:
+        if not self.speaks:
+            return
         k = index(self.context.lanes, lane)
         for field, part, mean in zip(lane.fields, lane.views(message), lane.views(self.mean[k]), strict=True):
             rate = float(self.rates[self._place[field.name]])
@@ -106,11 +112,13 @@ class _BoundScaffold(BoundCorrection):
             torch.sub(v, self.own[k], out=message)
         message.mul_(self.alpha)
 
-    def on_received(self, slot: str, lane: Lane, own: Tensor, result: Tensor) -> None:
+    def on_received(self, slot: str, lane: Lane, own: Tensor | None, result: Tensor) -> None:
         k = index(self.context.lanes, lane)
-        self.own[k].add_(own)
-        self.mean[k].add_(result)
-        result.copy_(self.mean[k])
+        if own is not None:
+            self.own[k].add_(own)
+        change = self.share * result
+        result.add_(self.mean[k])
+        self.mean[k].add_(change)
         for field, part in zip(lane.fields, lane.views(result), strict=True):
             place = self._place[field.name]
             part.mul_(float(self.rates[place]))

@@ -5,6 +5,7 @@ from lightning_dopt.plans.co2 import co2
 from lightning_dopt.plans.compressed_ddp import compressed_ddp
 from lightning_dopt.plans.compressed_gossip import choco_sgd, deep_squeeze, moniqua
 from lightning_dopt.plans.compressed_rounds import fedzip, scafcom, scaffold, scallion, sketched
+from lightning_dopt.plans.controlled import fed_admm, fedspeed, local_gda, proxskip
 from lightning_dopt.plans.desloc import desloc, mt_dao
 from lightning_dopt.plans.dfedsam import dfedsam
 from lightning_dopt.plans.diloco import diloco
@@ -14,6 +15,7 @@ from lightning_dopt.plans.eager_diloco import delayed_diloco, eager_diloco
 from lightning_dopt.plans.exact import d2, diging, exact_diffusion, extra, gradient_tracking, k_gt
 from lightning_dopt.plans.few_levels import qsgd, sign_sgd, terngrad
 from lightning_dopt.plans.fish_mask import fish_mask
+from lightning_dopt.plans.federated import apfl, fedadagrad, fedadam, fedavg, fedprox, fedyogi
 from lightning_dopt.plans.gossip import gossip
 from lightning_dopt.plans.l_greco import l_greco
 from lightning_dopt.plans.lo_fi import lo_fi
@@ -91,4 +93,14 @@ __all__ = [  # noqa: RUF022  (by family)
     "riemannian_tracking",
     "masha",
     "fish_mask",
+    "fedavg",
+    "fedadagrad",
+    "fedadam",
+    "fedyogi",
+    "fedprox",
+    "apfl",
+    "fedspeed",
+    "proxskip",
+    "local_gda",
+    "fed_admm",
 ]

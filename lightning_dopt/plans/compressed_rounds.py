@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from lightning_dopt._checks import check_choice
 from lightning_dopt.compress import Compressor, CountSketch, ErrorFeedback, FedZip, RandK, TopK
-from lightning_dopt.local import ClipLocal, Correction, NoisyGradients, Scaffold
+from lightning_dopt.local import ClipLocal, ControlVariate, Correction, NoisyGradients, Scaffold
 from lightning_dopt.outer import SGD
 from lightning_dopt.plan import Plan, Sync
+from lightning_dopt.plans.federated import clients
 from lightning_dopt.schedules import Every
 
 _SHAPE = (1 << 20,)
@@ -71,23 +75,49 @@ def sketched(
     return Plan([Sync(when=Every(sync_every), codec=wire, outer=outer)], corrections)
 
 
-def scaffold(sync_every: int = 8, outer_lr: float = 1.0) -> Plan:
-    """SCAFFOLD: local SGD with control variates, exact on unequal data; one message per round.
+def scaffold(
+    sync_every: int = 8,
+    outer_lr: float = 1.0,
+    option: Literal["I", "II", "mean"] = "II",
+    fraction: float = 1.0,
+    counts: list[int] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """SCAFFOLD: control variates for local steps, without a bias of unlike data.
+
+    Option ``"II"`` learns them from the change of the weights itself, one message per round; the others send a second one, see
+    :class:`~lightning_dopt.local.ControlVariate`.
 
     Args:
         sync_every: Optimizer steps per round.
         outer_lr: Step of the anchor along the mean change.
+        option: Where control variates come from: the displacement of a round (plain SGD only), the first gradient of a round
+            (``"I"``), or the mean of its gradients (``"mean"``, any inner optimizer).
+        fraction: Share of the ranks drawn for a round.
+        counts: Samples of each rank, its weight in the means; ``None`` weighs all alike.
+        seed: Of the draws.
 
     Raises:
         ValueError: an option out of range.
 
-    Source: Karimireddy et al., "SCAFFOLD", arXiv 1910.06378, option II with all workers.
+    Source: Karimireddy et al., "SCAFFOLD", arXiv 1910.06378.
     """
-    return Plan([Sync(when=Every(sync_every), signal="delta", outer=SGD(outer_lr))], [Scaffold()])
+    check_choice("scaffold", "option", option, ("I", "II", "mean"))
+    peers = clients("scaffold", fraction, counts, seed)
+    move = Sync(when=Every(sync_every), signal="delta", peers=peers, outer=SGD(outer_lr))
+    if option == "II":
+        return Plan([move], [Scaffold()])
+    return Plan([move, Sync(when=Every(sync_every), what="tracker", peers=peers)], [ControlVariate(option)])
 
 
 def scallion(
-    codec: Compressor | None = None, sync_every: int = 8, alpha: float | None = None, outer_lr: float | None = None
+    codec: Compressor | None = None,
+    sync_every: int = 8,
+    alpha: float | None = None,
+    outer_lr: float | None = None,
+    fraction: float = 1.0,
+    counts: list[int] | None = None,
+    seed: int = 0,
 ) -> Plan:
     """SCALLION: SCAFFOLD with one compressed message per round, by an unbiased compressor.
 
@@ -97,6 +127,9 @@ def scallion(
         alpha: Share of what is missing that is sent; ``None`` means ``1 / (1 + omega)``.
         outer_lr: Step of the anchor along the estimated change, which lags the more the smaller ``alpha`` is; ``None`` means
             ``alpha``. With 1 a quadratic problem whose curvature times the rate of a round was about 1 diverged.
+        fraction: Share of the ranks drawn for a round.
+        counts: Samples of each rank, its weight in the means; ``None`` weighs all alike.
+        seed: Of the draws.
 
     Raises:
         ValueError: an option out of range, or a biased codec.
@@ -108,13 +141,22 @@ def scallion(
     omega = wire.variance(_SHAPE)
     if omega is None:
         raise ValueError(f"scallion(codec={wire!r}): must be unbiased, such as RandK(0.1); for others use scafcom")
+    peers = clients("scallion", fraction, counts, seed)
     share = alpha if alpha is not None else 1.0 / (1.0 + omega)
     return Plan(
-        [Sync(when=Every(sync_every), signal="delta", codec=wire, outer=SGD(outer_lr or share))], [Scaffold(share)]
+        [Sync(when=Every(sync_every), signal="delta", codec=wire, peers=peers, outer=SGD(outer_lr or share))], [Scaffold(share)]
     )
 
 
-def scafcom(codec: Compressor | None = None, sync_every: int = 8, beta: float = 0.5, outer_lr: float = 1.0) -> Plan:
+def scafcom(
+    codec: Compressor | None = None,
+    sync_every: int = 8,
+    beta: float = 0.5,
+    outer_lr: float = 1.0,
+    fraction: float = 1.0,
+    counts: list[int] | None = None,
+    seed: int = 0,
+) -> Plan:
     """SCAFCOM: SCAFFOLD with one compressed message per round, by a biased compressor and with momentum.
 
     Args:
@@ -122,6 +164,9 @@ def scafcom(codec: Compressor | None = None, sync_every: int = 8, beta: float = 
         sync_every: Optimizer steps per round.
         beta: Share of the new gradient in the one that is learnt, in (0, 1]; smaller for noisier batches.
         outer_lr: Step of the anchor along the estimated change.
+        fraction: Share of the ranks drawn for a round.
+        counts: Samples of each rank, its weight in the means; ``None`` weighs all alike.
+        seed: Of the draws.
 
     Raises:
         ValueError: an option out of range.
@@ -129,5 +174,5 @@ def scafcom(codec: Compressor | None = None, sync_every: int = 8, beta: float = 
     Source: Huang, Li, Li, "Stochastic Controlled Averaging for Federated Learning with Communication Compression", arXiv
     2308.08165.
     """
-    wire = codec or TopK(0.1)
-    return Plan([Sync(when=Every(sync_every), signal="delta", codec=wire, outer=SGD(outer_lr))], [Scaffold(1.0, beta)])
+    wire, peers = codec or TopK(0.1), clients("scafcom", fraction, counts, seed)
+    return Plan([Sync(when=Every(sync_every), signal="delta", codec=wire, peers=peers, outer=SGD(outer_lr))], [Scaffold(1.0, beta)])

@@ -31,6 +31,12 @@ class Topology(Part, ABC):
     directed: bool = False
     """Whether ``i`` may hear ``j`` without ``j`` hearing ``i``."""
 
+    agrees: bool = False
+    """Whether ranks that hear each other get one and the same result in every round, so that they can share an anchor."""
+
+    partial: bool = False
+    """Whether there may be ranks that take no part in a round; see :meth:`speaks`."""
+
     def __init__(self) -> None:
         """A topology has no arguments unless it says so."""
 
@@ -58,6 +64,14 @@ class Topology(Part, ABC):
     def neighbors(self, n: int, rank: int, step: int = 0) -> list[int]:
         """The ranks that ``rank`` hears in round ``step``, ascending, without ``rank`` itself."""
         return sorted(j for j in self.row(n, rank, step) if j != rank)
+
+    def speaks(self, n: int, rank: int, step: int = 0) -> bool:
+        """Whether ``rank`` takes part in round ``step``; one that does not sends nothing and only takes the result."""
+        return True
+
+    def share(self, n: int, step: int = 0) -> float:
+        """The weight of the ranks that take part in round ``step``, where the weights of all ranks sum to one."""
+        return 1.0
 
     def max_degree(self, n: int) -> int:
         """The most ranks that any rank hears in any one round."""

@@ -203,6 +203,8 @@ class WeightedMean(_Weighted):
             workers than shares.
     """
 
+    agrees = True
+
     def __init__(self, shares: list[float] | None = None, counts: list[int] | None = None) -> None:
         self._weigh(shares, counts)
 

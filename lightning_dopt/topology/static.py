@@ -115,6 +115,8 @@ class Star(UndirectedGraph):
 class Complete(Topology):
     """Everybody hears everybody with weight ``1/n``: the exact mean in one round, as an all-reduce gives it."""
 
+    agrees = True
+
     def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
         """``1/n`` for all ranks."""
         return dict.fromkeys(range(n), 1.0 / n)
