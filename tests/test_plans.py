@@ -17,8 +17,10 @@ from lightning_dopt.local import GradientTracking
 from lightning_dopt.plan import Plan as PlanType
 from lightning_dopt.topology import Directed, Ring
 
-MATRICES = ("drcgd", "riemannian_tracking")  # tested beside the manifold
-MADE: dict[str, Callable[[], Plan]] = {name: getattr(plans, name) for name in plans.__all__ if name not in MATRICES} | {
+ELSEWHERE = ("drcgd", "riemannian_tracking", "local_gda")  # tested beside the manifold, and with games
+MADE: dict[str, Callable[[], Plan]] = {
+    name: getattr(plans, name) for name in plans.__all__ if name not in ELSEWHERE
+} | {
     "weighted_gossip": lambda: plans.weighted_gossip(counts=[1, 2, 3, 4]),
     "weighted losses": lambda: plans.weighted_gossip(counts=[1, 2, 3, 4], weighting="loss"),
     "push-sum on a digraph": lambda: plans.sgp(Directed([[1, 2], [2], [3], [0]], "push")),
@@ -34,6 +36,7 @@ MADE: dict[str, Callable[[], Plan]] = {name: getattr(plans, name) for name in pl
     "noloco with another pull": lambda: plans.noloco(5, gamma=0.4),
     "co2": lambda: plans.co2(5, 0.8),
     "co2 aware of gaps": lambda: plans.co2(5, 0.5, 0.3, gap_aware=True),
+    "apfl": lambda: plans.apfl("*"),
     "qsr": lambda: plans.qsr(0.05, 2),
     "savic": lambda: plans.savic(4, "local"),
     "desloc": lambda: plans.desloc(4, {"momentum_buffer": 8}, clip=2.0),

@@ -3,8 +3,8 @@
 from lightning_dopt.local.ascend import Ascend
 from lightning_dopt.local.base import BoundCorrection, Context, Correction
 from lightning_dopt.local.clip import ClipLocal, NoisyGradients
-from lightning_dopt.local.coordinate_clip import CoordinateClip
 from lightning_dopt.local.controlled import ControlVariate
+from lightning_dopt.local.coordinate_clip import CoordinateClip
 from lightning_dopt.local.exact_diffusion import ExactDiffusion
 from lightning_dopt.local.extra import Extra
 from lightning_dopt.local.extragradient import Extragradient

@@ -144,7 +144,8 @@ def scallion(
     peers = clients("scallion", fraction, counts, seed)
     share = alpha if alpha is not None else 1.0 / (1.0 + omega)
     return Plan(
-        [Sync(when=Every(sync_every), signal="delta", codec=wire, peers=peers, outer=SGD(outer_lr or share))], [Scaffold(share)]
+        [Sync(when=Every(sync_every), signal="delta", codec=wire, peers=peers, outer=SGD(outer_lr or share))],
+        [Scaffold(share)],
     )
 
 
@@ -175,4 +176,7 @@ def scafcom(
     2308.08165.
     """
     wire, peers = codec or TopK(0.1), clients("scafcom", fraction, counts, seed)
-    return Plan([Sync(when=Every(sync_every), signal="delta", codec=wire, peers=peers, outer=SGD(outer_lr))], [Scaffold(1.0, beta)])
+    return Plan(
+        [Sync(when=Every(sync_every), signal="delta", codec=wire, peers=peers, outer=SGD(outer_lr))],
+        [Scaffold(1.0, beta)],
+    )

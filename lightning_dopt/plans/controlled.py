@@ -94,7 +94,8 @@ def fed_admm(sync_every: int = 20, rho: float = 1.0) -> Plan:
     Raises:
         ValueError: an option out of range.
 
-    Source: Boyd et al. (2011), section 7.1; see :class:`~lightning_dopt.local.ConsensusADMM`.
+    Source: Boyd et al. (2011), section 7.1, in the setting of arXiv 2409.13451; see
+    :class:`~lightning_dopt.local.ConsensusADMM`.
     """
     check_int("fed_admm", "sync_every", sync_every, 1)
     check_float("fed_admm", "rho", rho, 0.0, open_low=True)
