@@ -18,6 +18,7 @@ from lightning_dopt.compress.memory import Difference, Memory, as_compressor
 from lightning_dopt.compress.packing import Packing
 from lightning_dopt.plan import Sync
 from lightning_dopt.slots import Lane
+from lightning_dopt.transport import TwoPhase, Way, busiest, choose
 
 _SURVEY = 1 << 20
 """Sets the seeds of measured errors apart from those of messages."""
@@ -107,6 +108,12 @@ class Channel:
         self.allocation = Allocation(budget, self.shapes, share, scale) if budget is not None else None
         self.packing = Packing(self._parts(), self.shapes, scale)
         """How the tensors of the next message are packed; it changes only between messages."""
+        self.two_phase = TwoPhase(
+            sync.codec, self._parts(), self.shapes, start, world.size, world.rank
+        )
+        """The two legs of a mean, if messages travel so."""
+        self.transport = self._chosen()
+        """How messages travel; see :func:`~lightning_dopt.transport.choose`."""
         self.exchanges = sync.combine.exchanges(sync.peers, world.size)
         self._free: list[Tensor] = []
         self._boxes: dict[tuple[int, int], Tensor] = {}
@@ -128,11 +135,17 @@ class Channel:
         self.allocation.update(survey if isinstance(survey, Tensor) else (yield survey))
         self.packing = self.packing.repacked(self._parts())
 
+    def _chosen(self) -> Way:
+        sync, n = self.sync, self.world.size
+        if self.linked or not sync.peers.is_mean(n):
+            return "neighbors"
+        dense = self.lane.numel * self.lane.message_dtype.itemsize
+        return choose(sync.transport, sync.codec, sync.combine, n, dense, busiest(self.two_phase, self.message_bytes))
+
     @property
     def sums(self) -> bool:
         """Whether messages are summed on the way (all-reduce) instead of being exchanged one by one."""
-        mean = self.sync.peers.is_mean(self.world.size) and not self.linked
-        return mean and self.compressor.linear and self.sync.combine.linear
+        return self.transport == "all_reduce"
 
     def at(self, round_: int) -> Channel:
         """The channel that carries the messages of this round: itself, unless the compressor changes with the rounds."""
@@ -181,6 +194,14 @@ class Channel:
             if wire.need_own:
                 wire.own = self.packing.roundtrip(value, seed, seed)
             own, mixed = yield from self._summed(value, seed, wire)
+        elif self.transport == "two_phase":
+            payloads = self.two_phase.encode(value, seed)
+            if self.memory is not None or wire.need_own:
+                wire.own = own = self.two_phase.decode(payloads, seed, torch.empty_like(value))
+                if self.memory is not None:
+                    self.memory.sent(own, self.memory_state)
+            out = self.take(wire.buffers)
+            mixed = yield from self.two_phase.talk(payloads, seed, self.sync.combine, self.swap, out)
         else:
             payload = self._pack(value, seed)
             own = self._noted(payload, value, seed, wire)
@@ -247,17 +268,17 @@ class Channel:
         if world.size == 1:
             assert payload is not None
             got: dict[int, Tensor] = {0: payload}
-        elif payload is not None and peers.is_mean(world.size) and not self.linked:
+        elif payload is not None and self.transport == "all_gather":
             rows = yield world.all_gather(payload, self.label)
             got = dict(enumerate(rows))
         else:
             heard = self._open(peers.neighbors(world.size, world.rank, round_))
             receive = dict.fromkeys(heard, self.message_bytes)
             if payload is None:  # takes no part in this round
-                got = dict((yield self.swap({}, receive)))
+                got = yield from self.swap({}, receive)
             else:
                 send = dict.fromkeys(self._open(peers.receivers(world.size, world.rank, round_)), payload)
-                got = dict((yield self.swap(send, receive)))
+                got = yield from self.swap(send, receive)
                 got[world.rank] = payload
         weights = peers.row(world.size, world.rank, round_)
         if self.linked:
@@ -276,14 +297,15 @@ class Channel:
         links = self.world.links
         return ranks if links is None else links.open(ranks, self.world.step)
 
-    def swap(self, send: Mapping[int, Tensor], receive: Mapping[int, int]) -> Pending:
+    def swap(self, send: Mapping[int, Tensor], receive: Mapping[int, int]) -> Talk[dict[int, Tensor]]:
         """Exchange bytes with neighbours, into buffers that the next exchange uses again."""
         boxes = {}
         for k, (j, length) in enumerate(sorted(receive.items())):
             if (k, length) not in self._boxes:
                 self._boxes[k, length] = torch.empty(length, dtype=torch.uint8, device=self.lane.live.device)
             boxes[j] = self._boxes[k, length]
-        return self.world.exchange(send, receive, self.label, boxes)
+        got: Mapping[int, Tensor] = yield self.world.exchange(send, receive, self.label, boxes)
+        return dict(got)
 
     def _mixed_by_edge(self, message: Tensor, seed: int, round_: int, exchange: int) -> Talk[Tensor]:
         """:class:`Difference` over a changing graph: a public copy for every neighbour, brought up to date when they meet.
@@ -302,7 +324,7 @@ class Channel:
             mine = self._copy_of("to", k, message)
             send[k] = self._pack(message - mine, seed)
             self._unpack_add(send[k], seed, mine, 1.0)
-        got = yield self.swap(send, dict.fromkeys(heard, self.message_bytes))
+        got = yield from self.swap(send, dict.fromkeys(heard, self.message_bytes))
         weights, gamma = peers.row(n, rank, round_), memory.gamma
         if self.linked:
             world.ledger.skip(self.label, len(weights.keys() - {rank}) - len(heard))
@@ -364,6 +386,8 @@ class Channel:
         kinds = {"memory": self.memory_state, "codec": self.codec_state, "combine": self.combine_state}
         if self.allocation is not None:
             kinds["budget"] = {"choice": self.allocation.tensor()}
+        if self.transport == "two_phase":
+            kinds["relay"] = self.two_phase.state
         return {f"{kind}.{k}": t for kind, state in kinds.items() for k, t in state.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -386,7 +410,8 @@ class Channel:
                 state = self.codec_state if kind == "codec" else self.memory_state
                 state[k] = saved.to(self.lane.live.device, copy=True)
             else:
-                (self.memory_state if kind == "memory" else self.combine_state)[k].copy_(saved)
+                states = {"memory": self.memory_state, "combine": self.combine_state, "relay": self.two_phase.state}
+                states[kind][k].copy_(saved)
 
 
 class _RoundWire:
@@ -405,8 +430,7 @@ class _RoundWire:
     def swap(self, send: Mapping[int, Tensor], receive: Mapping[int, int]) -> Talk[dict[int, Tensor]]:
         if self.size == 1:
             return {}
-        got: Mapping[int, Tensor] = yield self._channel.swap(send, receive)
-        return dict(got)
+        return (yield from self._channel.swap(send, receive))
 
 
 def _absorbed(weights: Mapping[int, float], got: Mapping[int, Tensor], rank: int) -> dict[int, float]:

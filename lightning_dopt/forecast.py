@@ -24,6 +24,7 @@ from lightning_dopt.runners import LaneRunner, SyncRunner
 from lightning_dopt.schedules import Drifted
 from lightning_dopt.slots import FlatGradients, Lane
 from lightning_dopt.topology.base import Topology
+from lightning_dopt.transport import TwoPhase, busiest, may_relay, sums
 
 T = TypeVar("T")
 Shapes = Mapping[str, Sequence[int]]
@@ -54,6 +55,9 @@ class Forecast:
     """Syncs whose codec has a budget, and after how many rounds it chooses anew: their bytes are those of the start."""
     memory: Mapping[str, int]
     """Bytes per worker beyond model, gradients and inner optimizer, by purpose."""
+    transports: Mapping[str, Mapping[str, int]]
+    """By sync, the transports its messages could take, the one they take first, and the payload bytes that the busiest rank
+    would send for one exchange. Where parts of a sync take different ones, the first is that of most bytes."""
 
     @property
     def bytes(self) -> list[int]:
@@ -135,6 +139,7 @@ def forecast(
         stall_s=max(worker.clock.stall_s for worker in workers),
         replanned=engine.replanned(),
         memory=memory,
+        transports=engine.transports(),
     )
 
 
@@ -237,6 +242,16 @@ class _AllRanks(World):
         seconds = [self.link.exchange(max(s, nbytes * len(heard))) for s, (_, heard) in zip(sent, loads, strict=True)]
         return self._start(label, sent, seconds, [heard for _, heard in loads])
 
+    def chunks(self, two_phase: TwoPhase, leg: int, label: str) -> Pending:
+        """Every rank sends chunks to their owners, or as an owner its chunk to all."""
+        ranks = range(self.size)
+        sent = [two_phase.sent_bytes(j)[leg] for j in ranks]
+        got = [two_phase.sent_bytes(j)[1 - leg] for j in ranks]
+        filled = [j for j in ranks if two_phase.chunks[j].nbytes]
+        sources = [[i for i in (ranks if leg == 0 and j in filled else filled if leg else []) if i != j] for j in ranks]
+        seconds = [self.link.exchange(max(pair)) for pair in zip(sent, got, strict=True)]
+        return self._start(label, sent, seconds, sources)
+
     def _degrees(self, peers: Topology, round_: int) -> list[tuple[int, list[int]]]:
         """For each rank, how many hear it and whom it hears."""
         period = peers.period(self.size)
@@ -299,14 +314,17 @@ class _SizedLane(LaneRunner):
         if self.world.size == 1:
             return _DONE
         exchanges = self.channel.exchanges
-        sums, payload = self._load(round_)
+        channel, (sums, payload) = self.channel.at(round_), self._load(round_)
         survey = self._survey(round_)
         for exchange in range(round_ * exchanges, (round_ + 1) * exchanges):
             for part in sums:
                 yield self.world.all_reduce(part, label)
-            if not sums and peers.is_mean(self.world.size):
+            if channel.transport == "two_phase":
+                yield self.world.chunks(channel.two_phase, 0, label)
+                yield self.world.chunks(channel.two_phase, 1, label)
+            elif channel.transport == "all_gather":
                 yield self.world.all_gather(payload, label)
-            elif not sums:
+            elif channel.transport == "neighbors":
                 yield self.world.gossip(payload.nbytes + self._beside(), peers, exchange, label)
             if survey is not None:
                 yield survey
@@ -354,6 +372,20 @@ class _SizedLane(LaneRunner):
         flights = 2 if isinstance(self.sync.apply, OneRound) else 1
         used["in flight"] = flights * copies * self.lane.numel * self.lane.message_dtype.itemsize
         return used
+
+    def transports(self) -> dict[str, int]:
+        """Bytes of one exchange by transport, that of this lane first."""
+        channel, n = self.channel, self.world.size
+        if channel.transport == "neighbors":
+            peers = self.sync.peers
+            heard = max(len(peers.receivers(n, j, k)) for j in range(n) for k in range(peers.period(n) or 1))
+            return {"neighbors": heard * (self.payload.nbytes + self._beside())}
+        found = busiest(channel.two_phase, channel.message_bytes)
+        if not may_relay(self.sync.codec):
+            del found["two_phase"]
+        if sums(self.sync.codec, self.sync.combine):
+            found["all_reduce"] = sum(all_reduce_bytes(part.nbytes, n) for part in _summands(channel)) if n > 1 else 0
+        return {channel.transport: found.pop(channel.transport)} | found
 
     def _copies_by_edge(self) -> int:
         """Public copies over a changing graph: two for every rank that the busiest rank ever meets."""
@@ -423,6 +455,15 @@ class _SizedEngine(Engine):
                 self._far[repr(runner.sync.when)] = True
         return
         yield
+
+    def transports(self) -> dict[str, dict[str, int]]:
+        """Bytes of one exchange by sync and transport, the one taken first."""
+        found: dict[str, dict[str, int]] = {}
+        for runner in self._all_runners():
+            each = [lane.transports() for lane in runner.lanes if isinstance(lane, _SizedLane)]
+            each.sort(key=lambda ways: -next(iter(ways.values())))
+            found[runner.label] = {way: sum(ways[way] for ways in each) for way in each[0]} if each else {}
+        return found
 
     def rounds(self) -> dict[str, int]:
         """Rounds sent by label."""

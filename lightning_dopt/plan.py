@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,6 +23,7 @@ from lightning_dopt.schedules import Every, When
 from lightning_dopt.stability import outer_bound, pairs_bound
 from lightning_dopt.topology import Complete, RandomPairs
 from lightning_dopt.topology.base import Topology
+from lightning_dopt.transport import Transport, is_plain, may_relay, sums
 from lightning_dopt.what import What, what_of
 
 Signal = Literal["value", "delta"]
@@ -46,6 +47,10 @@ class Sync(Part):
         outer: How does the reference move? An optimizer on the anchor; ``None`` takes the combined result as it is.
             A plain function of the anchor tensors that returns a ``torch.optim`` optimizer is accepted, too.
         apply: When and how do the live tensors take the result?
+        transport: How do messages travel where all ranks hear all? ``"all_reduce"`` sums linear messages on the way,
+            ``"all_gather"`` gives every message to every rank, ``"two_phase"`` averages chunks and packs the mean a second
+            time (:class:`~lightning_dopt.transport.TwoPhase`). ``"auto"`` goes by sizes, see
+            :func:`~lightning_dopt.transport.choose`; over sparser graphs messages go to neighbours.
 
     Raises:
         ValueError: a combination that cannot work, with the reason and what to use instead.
@@ -61,6 +66,7 @@ class Sync(Part):
         combine: Combine | None = None,
         outer: Outer | Callable[[list[Tensor]], Optimizer] | None = None,
         apply: Apply | None = None,
+        transport: Transport = "auto",
     ) -> None:
         self.when = _typed("when", when if when is not None else Every(1), When)
         self.what = what_of(what)
@@ -72,6 +78,8 @@ class Sync(Part):
         if signal is not None:
             check_choice("Sync", "signal", signal, ("value", "delta"))
         self.signal: Signal = signal if signal is not None else self._natural_signal()
+        check_choice("Sync", "transport", transport, get_args(Transport))
+        self.transport: Transport = transport
         _check_sync(self)
 
     def _natural_signal(self) -> Signal:
@@ -152,6 +160,11 @@ class Plan(Part):
             sync.peers.check(n)
             sync.combine.check_size(sync, n)
             mean = sync.peers.is_mean(n)
+            if sync.transport != "auto" and not mean:
+                raise ValueError(
+                    f"Sync(peers={sync.peers!r}, transport={sync.transport!r}): messages of {n} workers go to neighbours, use "
+                    "transport='auto' or peers=Complete()"
+                )
             if not sync.peers.row_stochastic(n) and not isinstance(sync.combine, PushSum) and not self._tracks(sync):
                 raise ValueError(
                     f"Sync(peers={sync.peers!r}): rows of the matrix do not sum to one with {n} workers; use combine=PushSum()"
@@ -247,6 +260,7 @@ def _check_sync(sync: Sync) -> None:
             "lr_inside=False"
         )
     sync.combine.check(sync)
+    _check_transport(sync)
     _check_apply(sync)
     _warn(sync)
 
@@ -258,6 +272,23 @@ def _check_gradients(sync: Sync) -> None:
         )
     if sync.when != Every(1):
         raise ValueError(f"Sync(what='gradients', when={sync.when!r}): replicas would drift apart, use Every(1)")
+
+
+def _check_transport(sync: Sync) -> None:
+    if sync.transport == "all_reduce" and not sums(sync.codec, sync.combine):
+        raise ValueError(
+            f"Sync(codec={sync.codec!r}, combine={sync.combine!r}, transport='all_reduce'): only linear messages can be summed, "
+            "use 'all_gather' or 'two_phase'"
+        )
+    if sync.transport == "two_phase" and not may_relay(sync.codec):
+        raise ValueError(
+            f"Sync(codec={sync.codec!r}, transport='two_phase'): this memory has no second leg, use ErrorFeedback, EF21, EControl "
+            "or DGC, or 'all_gather'"
+        )
+    if sync.transport != "auto" and not is_plain(sync.combine):
+        raise ValueError(
+            f"Sync(combine={sync.combine!r}, transport={sync.transport!r}): this rule sends messages its own way, use 'auto'"
+        )
 
 
 def _check_apply(sync: Sync) -> None:

@@ -129,7 +129,7 @@ def description(
     lines = [f"{name}: {title(function)}", *papers(function)]
     lines += ["", *_options(function, arguments)]
     for label, sync in zip(plan.labels(), plan, strict=True):
-        lines += ["", f"sync '{label}'", *_fields(sync)]
+        lines += ["", f"sync '{label}'", *_fields(sync), *_ways(told.transports.get(label, {}))]
     if plan.corrections:
         lines += ["", "corrections", *(f"  {c!r}" for c in plan.corrections)]
     lines += ["", f"{_model(shapes)}, {n} workers, {steps} steps: payload sent by the busiest worker", *_traffic(told)]
@@ -264,6 +264,13 @@ def _options(function: Callable[..., Plan], arguments: Mapping[str, object]) -> 
 
 def _fields(sync: Sync) -> list[str]:
     return [f"  {name:<9}{value!r}" for name, value in sync.arguments().items()]
+
+
+def _ways(ways: Mapping[str, int]) -> list[str]:
+    """How messages travel, and what the other transports would take."""
+    each = [f"{way} {_bytes(nbytes)}" for way, nbytes in ways.items()]
+    other = f" (instead of {', '.join(each[1:])})" if each[1:] else ""
+    return [f"  travels  {each[0]} per exchange{other}"] if each else []
 
 
 def _traffic(told: Forecast) -> list[str]:

@@ -73,6 +73,14 @@ class Memory(Codec):
         omega = codec.variance(shape)
         return 1.0 if omega is None or codec.contraction(shape) is not None else 1.0 / (1.0 + omega)
 
+    def relay(self) -> Memory | None:
+        """What the owner of a chunk keeps where means are packed a second time (``transport="two_phase"``).
+
+        A memory for the messages ``y = mean C`` of that second leg, with :meth:`received` giving them as they are; ``None``
+        if there is none with which this memory still works.
+        """
+        return None
+
     @abstractmethod
     def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """What to compress. May be a state tensor itself; ``signal`` is not modified."""

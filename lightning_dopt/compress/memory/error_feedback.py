@@ -46,6 +46,10 @@ class ErrorFeedback(Memory):
         residual = state["residual"] if self.decay == 1.0 else state["residual"].mul_(self.decay)
         return residual.add_(signal)
 
+    def relay(self) -> Memory:
+        """The same: what the second packing leaves out is added to the next mean."""
+        return self
+
     def received(self, mixed: Tensor, own: Tensor, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The mixed messages as they are."""
         return mixed
@@ -74,6 +78,14 @@ class EF21(Memory):
     def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """``s - h``."""
         return signal - state["own"]
+
+    def relay(self) -> Memory:
+        """A residual ``e`` of the changes of ``H``: ``H + e`` is the mean of all ``h_i``, at all times.
+
+        That is EF21-BC, whose second leg sends ``C(mean h_i - H)``: Fatkhullin et al., "EF21 with Bells & Whistles",
+        arXiv 2110.03294, algorithm 5.
+        """
+        return ErrorFeedback(self.codec)
 
     def received(self, mixed: Tensor, own: Tensor, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """``H <- H + mixed``; returns a copy."""

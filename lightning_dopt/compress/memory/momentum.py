@@ -8,6 +8,7 @@ from lightning_dopt._checks import check_float
 from lightning_dopt.compress.base import Compressor
 from lightning_dopt.compress.compose import Compose
 from lightning_dopt.compress.memory.base import Memory
+from lightning_dopt.compress.memory.error_feedback import ErrorFeedback
 from lightning_dopt.compress.phases import Phases
 from lightning_dopt.compress.sparse import TopK
 from lightning_dopt.compress.sparse_blocks import BlockTopK
@@ -57,6 +58,10 @@ class DGC(Memory):
         state["velocity"].sub_(own)
         if self.masking:
             state["momentum"].masked_fill_(own != 0, 0.0)
+
+    def relay(self) -> Memory:
+        """Error feedback: momentum is in what ranks send already."""
+        return ErrorFeedback(self.codec)
 
     def received(self, mixed: Tensor, own: Tensor, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The mixed messages as they are."""
