@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -165,7 +166,7 @@ def _even(total: int, n: int) -> list[tuple[int, int]]:
     """``n`` stretches of multiples of eight elements, so that packed bits fill their bytes; the last ones may be shorter."""
     eighths = -(-total // 8)
     cuts = [min(8 * (eighths * j // n), total) for j in range(n + 1)]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(pairwise(cuts))
 
 
 def _whole_tensors(

@@ -214,9 +214,9 @@ def test_forecast_is_exact(name: str, n: int) -> None:
 
 
 def three_steps(world: Any, codec: Codec) -> tuple[Tensor, int]:
-    engine = Engine(gradients(codec), {"x": torch.zeros(320, requires_grad=True), "y": torch.zeros(7)}, world)
+    engine = Engine(gradients(codec), {"x": torch.zeros(320, requires_grad=True), "y": torch.zeros(7, requires_grad=True)}, world)
     for step in range(3):
-        for name, p in engine.parameters.items():
+        for p in engine.parameters.values():
             p.grad = signal(world.rank, p.numel(), step)
         engine.run(engine.on_gradients())
         engine.run(engine.after_step())
