@@ -214,7 +214,9 @@ def test_forecast_is_exact(name: str, n: int) -> None:
 
 
 def three_steps(world: Any, codec: Codec) -> tuple[Tensor, int]:
-    engine = Engine(gradients(codec), {"x": torch.zeros(320, requires_grad=True), "y": torch.zeros(7, requires_grad=True)}, world)
+    engine = Engine(
+        gradients(codec), {"x": torch.zeros(320, requires_grad=True), "y": torch.zeros(7, requires_grad=True)}, world
+    )
     for step in range(3):
         for p in engine.parameters.values():
             p.grad = signal(world.rank, p.numel(), step)
