@@ -215,8 +215,8 @@ def choose(
 ) -> Way:
     """What ``"auto"`` stands for, from sizes alone, so that all ranks and all runs agree.
 
-    Linear messages are summed. Others are gathered, which changes nothing about the method, as long as that takes fewer
-    bytes than the uncompressed all-reduce. Where it does not, it would defeat its purpose, and the two legs are taken
+    Linear messages are summed. Others are gathered, which changes nothing about the method, as long as that takes no more
+    bytes than the uncompressed all-reduce. Where it does, it defeats its purpose, and the two legs are taken
     if they take fewer bytes and the second is sound: unbiased, or with its error fed back.
 
     Args:
@@ -234,7 +234,7 @@ def choose(
     compressor, memory = as_compressor(codec)
     sound = may_relay(codec) if memory is not None else compressor.variance((4096,)) is not None
     gathered = bytes_sent["all_gather"]
-    pays = gathered >= all_reduce_bytes(dense, n) and bytes_sent["two_phase"] < gathered
+    pays = gathered > all_reduce_bytes(dense, n) and bytes_sent["two_phase"] < gathered
     return "two_phase" if n > 2 and sound and pays and combine.linear and is_plain(combine) else "all_gather"
 
 
