@@ -375,11 +375,11 @@ class _SizedLane(LaneRunner):
 
     def transports(self) -> dict[str, int]:
         """Bytes of one exchange by transport, that of this lane first."""
-        channel, n = self.channel, self.world.size
+        channel, n = self.channel.at(0), self.world.size
         if channel.transport == "neighbors":
             peers = self.sync.peers
             heard = max(len(peers.receivers(n, j, k)) for j in range(n) for k in range(peers.period(n) or 1))
-            return {"neighbors": heard * (self.payload.nbytes + self._beside())}
+            return {"neighbors": heard * (channel.message_bytes + self._beside())}
         found = busiest(channel.two_phase, channel.message_bytes)
         if not may_relay(self.sync.codec):
             del found["two_phase"]

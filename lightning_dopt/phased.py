@@ -48,6 +48,9 @@ class PhasedChannel(Channel):
     def tensors(self) -> dict[str, Tensor]:
         """See :meth:`Channel.tensors`."""
         warm = {f"phase{k}.{n}": t for k, channel in enumerate(self.channels) for n, t in channel.codec_state.items()}
+        for k, channel in enumerate(self.channels):
+            if channel.transport == "two_phase":
+                warm |= {f"phase{k}.relay.{n}": t for n, t in channel.two_phase.state.items()}
         return super().tensors() | warm
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -56,7 +59,11 @@ class PhasedChannel(Channel):
         super().load({name: saved for name, saved in tensors.items() if name not in warm})
         for name, saved in warm.items():
             phase, _, key = name.partition(".")
-            state = self.channels[int(phase.removeprefix("phase"))].codec_state
+            channel = self.channels[int(phase.removeprefix("phase"))]
+            if key.startswith("relay."):
+                channel.two_phase.state[key.removeprefix("relay.")].copy_(saved)
+                continue
+            state = channel.codec_state
             state[key] = saved.to(self.lane.live.device, copy=True)
 
 

@@ -17,6 +17,7 @@ from lightning_dopt.combine import Combine, Median, Mixing, PushSum
 from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.memory import Difference, EControl, Memory
+from lightning_dopt.compress.phases import Phases
 from lightning_dopt.local.base import Correction
 from lightning_dopt.outer import SGD, FromOptimizer, GossipMomentum, LateMomentum, Outer
 from lightning_dopt.schedules import Every, When
@@ -284,6 +285,10 @@ def _check_transport(sync: Sync) -> None:
         raise ValueError(
             f"Sync(codec={sync.codec!r}, transport='two_phase'): this memory has no second leg, use ErrorFeedback, EF21, EControl "
             "or DGC, or 'all_gather'"
+        )
+    if sync.transport != "auto" and isinstance(_inner(sync.codec), Phases):
+        raise ValueError(
+            f"Sync(codec={sync.codec!r}, transport={sync.transport!r}): every phase has a transport of its own, use 'auto'"
         )
     if sync.transport != "auto" and not is_plain(sync.combine):
         raise ValueError(
