@@ -108,9 +108,7 @@ class Channel:
         self.allocation = Allocation(budget, self.shapes, share, scale) if budget is not None else None
         self.packing = Packing(self._parts(), self.shapes, scale)
         """How the tensors of the next message are packed; it changes only between messages."""
-        self.two_phase = TwoPhase(
-            sync.codec, self._parts(), self.shapes, start, world.size, world.rank
-        )
+        self.two_phase = TwoPhase(sync.codec, self._parts(), self.shapes, start, world.size, world.rank)
         """The two legs of a mean, if messages travel so."""
         self.transport = self._chosen()
         """How messages travel; see :func:`~lightning_dopt.transport.choose`."""

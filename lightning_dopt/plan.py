@@ -14,7 +14,7 @@ from lightning_dopt._part import Part
 from lightning_dopt._random import key
 from lightning_dopt.apply import Apply, Blocking, Delay, OneRound
 from lightning_dopt.combine import Combine, Median, Mixing, PushSum
-from lightning_dopt.compress import Identity
+from lightning_dopt.compress import Budget, Identity
 from lightning_dopt.compress.base import Codec, Compressor
 from lightning_dopt.compress.memory import Difference, EControl, Memory
 from lightning_dopt.compress.phases import Phases
@@ -285,6 +285,10 @@ def _check_transport(sync: Sync) -> None:
         raise ValueError(
             f"Sync(codec={sync.codec!r}, transport='two_phase'): this memory has no second leg, use ErrorFeedback, EF21, EControl "
             "or DGC, or 'all_gather'"
+        )
+    if sync.transport == "two_phase" and isinstance(_inner(sync.codec), Budget):
+        raise ValueError(
+            f"Sync(codec={sync.codec!r}, transport='two_phase'): chunks would change with the budget, use 'auto'"
         )
     if sync.transport != "auto" and isinstance(_inner(sync.codec), Phases):
         raise ValueError(

@@ -15,7 +15,7 @@ from lightning_dopt._random import key
 from lightning_dopt.combine import Combine
 from lightning_dopt.comm.ledger import all_gather_bytes, all_reduce_bytes
 from lightning_dopt.comm.world import Talk
-from lightning_dopt.compress import Identity
+from lightning_dopt.compress import Budget, Identity
 from lightning_dopt.compress.base import Codec, Compressor, Shape, Share, numel
 from lightning_dopt.compress.memory import Memory, as_compressor
 from lightning_dopt.compress.packing import Packing
@@ -235,7 +235,11 @@ def choose(
     sound = may_relay(codec) if memory is not None else compressor.variance((4096,)) is not None
     gathered = bytes_sent["all_gather"]
     pays = gathered > all_reduce_bytes(dense, n) and bytes_sent["two_phase"] < gathered
-    return "two_phase" if n > 2 and sound and pays and combine.linear and is_plain(combine) else "all_gather"
+    return (
+        "two_phase"
+        if n > 2 and not isinstance(compressor, Budget) and sound and pays and combine.linear and is_plain(combine)
+        else "all_gather"
+    )
 
 
 def busiest(two_phase: TwoPhase, nbytes: int) -> dict[str, int]:
