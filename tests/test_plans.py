@@ -42,6 +42,8 @@ MADE: dict[str, Callable[[], Plan]] = {
     "desloc": lambda: plans.desloc(4, {"momentum_buffer": 8}, clip=2.0),
     "mt_dao": lambda: plans.mt_dao(4, {"momentum_buffer": 4}),
     "sketched": lambda: plans.sketched(RandK(0.5), sync_every=2),
+    "scallion": lambda: plans.scallion(RandK(0.5), sync_every=4),
+    "fish_mask": lambda: plans.fish_mask(0.8, batches=3, sync_every=3, refresh=2),
     "dmsgd mixed": lambda: plans.dmsgd(mix_momentum=True),
 }
 N = 4
