@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
+
+
+@functools.cache
+def _parameters_of(cls: type) -> tuple[inspect.Parameter, ...]:
+    if cls.__init__ is object.__init__:
+        return ()
+    return tuple(inspect.signature(cls.__init__).parameters.values())[1:]
 
 
 class Part:
@@ -19,10 +27,8 @@ class Part:
         return {p.name: getattr(self, p.name) for p in self._parameters()}
 
     @classmethod
-    def _parameters(cls) -> list[inspect.Parameter]:
-        if cls.__init__ is object.__init__:
-            return []
-        return list(inspect.signature(cls.__init__).parameters.values())[1:]
+    def _parameters(cls) -> tuple[inspect.Parameter, ...]:
+        return _parameters_of(cls)
 
     def __repr__(self) -> str:
         defaults = {p.name: p.default for p in self._parameters()}

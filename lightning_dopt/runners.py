@@ -53,6 +53,7 @@ class LaneRunner:
         self.optimizer: torch.optim.Optimizer | None = None
         self.flights: list[Flight] = []
         self.last_step = 0
+        self._at_rest = sync.apply == Blocking() or sync.apply == Blocking(order="cta")
         self.pull = sync.outer.pull if sync.outer is not None and sync.signal == "value" else 1.0
         if sync.signal == "delta" or sync.outer is not None:
             self.anchor = lane.live.detach().to(_HOST if offload else None, lane.message_dtype, copy=True)
@@ -67,11 +68,8 @@ class LaneRunner:
     def _in_place(self) -> bool:
         """Whether the live buffer itself may travel: it is at rest, and nobody needs its old value."""
         sync, same_dtype = self.sync, self.lane.live.dtype == self.lane.message_dtype
-        at_rest = sync.apply == Blocking() or sync.apply == Blocking(order="cta")
-        plain = isinstance(sync.codec, Identity) and sync.combine.in_place
-        return (
-            sync.signal == "value" and at_rest and same_dtype and plain and self.anchor is None and not self.corrections
-        )
+        plain = isinstance(sync.codec, Identity) and sync.combine.in_place and self._at_rest
+        return sync.signal == "value" and same_dtype and plain and self.anchor is None and not self.corrections
 
     def send(self, step: int, round_: int) -> None:
         """The send half: snapshot, encode, start the transfer."""
