@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 
 @functools.cache
-def _parameters_of(cls: type) -> tuple[inspect.Parameter, ...]:
-    if cls.__init__ is object.__init__:
-        return ()
-    return tuple(inspect.signature(cls.__init__).parameters.values())[1:]
+def _parameters_of(init: Callable[..., None]) -> tuple[inspect.Parameter, ...]:
+    return () if init is object.__init__ else tuple(inspect.signature(init).parameters.values())[1:]
 
 
 class Part:
@@ -28,7 +27,7 @@ class Part:
 
     @classmethod
     def _parameters(cls) -> tuple[inspect.Parameter, ...]:
-        return _parameters_of(cls)
+        return _parameters_of(cls.__init__)
 
     def __repr__(self) -> str:
         defaults = {p.name: p.default for p in self._parameters()}
