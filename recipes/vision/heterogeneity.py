@@ -52,7 +52,6 @@ from recipes.vision.comparison import Method, Outcome, compare
 from recipes.vision.data import ImageData
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OUT = Path("runs") / "heterogeneity"
 LR, LR_MOMENTUM = 0.1, 0.03
 SIZES = {"digits": 8, "fashion_mnist": 28, "cifar10": 32}
 
@@ -101,7 +100,7 @@ def plot(outcomes: list[Outcome], path: Path) -> Path:
     figure = Figure(figsize=(12, 8), layout="constrained")
     panels = figure.subplots(2, 2, sharey=True)
     for k, o in enumerate(outcomes):
-        style = "--" if o.name in ("choco_top10", "one_peer_int8", "tracking_int8") else "-"
+        style = "--" if o.name.endswith(("top10", "int8")) else "-"
         for row, heights in enumerate((o.local, o.merged)):
             for column, along in enumerate((o.steps, o.bytes)):
                 panels[row][column].plot(along, heights, style, color=colormaps["tab20"](k), label=o.name)
@@ -143,39 +142,50 @@ def images(data: str, alpha: float, batch_size: int, seed: int) -> ImageData:
     )
 
 
-def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[Method], ImageData]:
-    """Options, methods and data; a bad value ends here in one line, before any process starts."""
-    known = methods()
-    parser = Options(prog="python -m recipes.vision.heterogeneity", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps per method")
+def parse(
+    arguments: list[str] | None = None,
+    known: dict[str, Method] | None = None,
+    name: str = "heterogeneity",
+    steps: int = 600,
+) -> tuple[argparse.Namespace, list[Method], ImageData]:
+    """Options, methods and data of a comparison; a bad value ends here in one line, before any process starts."""
+    known = known or methods()
+    parser = Options(
+        prog=f"python -m recipes.vision.{name}", description="Methods side by side on workers of unlike data"
+    )
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps per method")
     parser.add_argument("--workers", type=int, default=8, help="processes")
     parser.add_argument("--alpha", type=float, default=0.1, help="of the Dirichlet partition; small is severe")
     parser.add_argument("--methods", default=",".join(known), help="names, separated by commas")
     parser.add_argument("--data", default="digits", help="'digits', or a folder with Fashion-MNIST or CIFAR-10")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures per worker and step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / OUT)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / name)
     given = parser.parse_args(arguments)
     if not 2 <= given.workers <= 64:
         parser.error(f"--workers {given.workers}: must be 2 to 64, each is a process of this machine")
     if given.steps < 1:
         parser.error(f"--steps {given.steps}: must be at least 1")
-    names = [name for name in given.methods.split(",") if name]
+    names = [method for method in given.methods.split(",") if method]
     if not names or not set(names) <= set(known):
         parser.error(f"--methods {given.methods}: must be names out of {', '.join(known)}")
     try:
-        for name in names:
-            known[name].plan.check(given.workers)
+        for method in names:
+            known[method].plan.check(given.workers)
         data = images(given.data, given.alpha, given.batch_size, given.seed)
     except (ValueError, ImportError) as error:
         parser.error(str(error))
-    return given, [known[name] for name in names], data
+    return given, [known[method] for method in names], data
 
 
 def main(arguments: list[str] | None = None) -> list[Outcome]:
     """Train with every method, print and draw."""
+    return run(*parse(arguments))
+
+
+def run(given: argparse.Namespace, chosen: list[Method], data: ImageData) -> list[Outcome]:
+    """Train with every method, print and draw."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    given, chosen, data = parse(arguments)
     print(f"{len(chosen)} methods, {given.workers} processes, {given.steps} steps each", file=sys.stderr, flush=True)
     outcomes = compare(chosen, data, given.workers, given.steps)
     print(table(outcomes))
