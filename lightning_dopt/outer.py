@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dopt._checks import check_flag, check_float
+from lightning_dopt._checks import check_flag, check_float, check_int
 from lightning_dopt._part import Part
+from lightning_dopt.optim import delayed_nesterov
 from lightning_dopt.optim.stale_momentum import StaleMomentum
 
 
@@ -154,6 +155,35 @@ class LateMomentum(Outer):
     def build(self, anchors: list[Tensor]) -> Optimizer:
         """See :meth:`Outer.build`."""
         return StaleMomentum(anchors, self.lr, self.momentum, self.clip, self.penalty, self.gap_aware)
+
+
+class DelayedNesterov(Outer):
+    """Nesterov momentum for changes that arrive one by one at a hub; see :class:`~lightning_dopt.optim.DelayedNesterov`.
+
+    Every change moves the anchor by ``lr / delay`` of itself at once, the momentum moves with every ``delay``-th. In a plan,
+    where the mean over all ranks counts as one change, the momentum moves every ``delay`` rounds.
+
+    Args:
+        lr: Outer learning rate.
+        momentum: Outer momentum in [0, 1).
+        delay: Changes for one step of the momentum; at a hub the number of workers.
+        spread: Share in [0, 1 / delay] of the momentum that acts with every change; 0 lets it act with every ``delay``-th alone.
+
+    Raises:
+        ValueError: an option out of range.
+
+    Source: Liu et al., "Asynchronous Local-SGD Training for Language Modeling", arXiv 2401.09135; rate and momentum of DiLoCo.
+    """
+
+    def __init__(self, lr: float = 0.7, momentum: float = 0.9, delay: int = 1, spread: float = 0.0) -> None:
+        self.lr = check_float("DelayedNesterov", "lr", lr, 0.0, open_low=True)
+        self.momentum = check_float("DelayedNesterov", "momentum", momentum, 0.0, 1.0, open_high=True)
+        self.delay = check_int("DelayedNesterov", "delay", delay, 1)
+        self.spread = check_float("DelayedNesterov", "spread", spread, 0.0, 1.0 / delay)
+
+    def build(self, anchors: list[Tensor]) -> Optimizer:
+        """See :meth:`Outer.build`."""
+        return delayed_nesterov.DelayedNesterov(anchors, self.lr, self.momentum, self.delay, self.spread)
 
 
 class Adam(Outer):

@@ -37,6 +37,7 @@ class VirtualNode:
         lanes = FlatTensors(self.parameters).lanes
         if len(lanes) != 1:
             raise ValueError(f"VirtualNode(tensors=<{len(lanes)} kinds>): needs parameters of one dtype and device")
+        self.fields = lanes[0].fields
         self.x = lanes[0].live
         """All parameters as one vector; writing into it changes the parameters."""
         self.optimizer = optimizer(list(self.parameters.values()))
@@ -89,11 +90,7 @@ class AsyncSimulation:
     ) -> None:
         owner = type(self).__name__
         self.n = check_int(owner, "n", n, 1)
-        self.seconds = [float(seconds)] * n if isinstance(seconds, (int, float)) else list(seconds)
-        if len(self.seconds) != n:
-            raise ValueError(f"{owner}(seconds={seconds!r}): must be one number or {n} numbers")
-        for s in self.seconds:
-            check_float(owner, "seconds", s, 0.0, open_low=True)
+        self.seconds = seconds_of(owner, seconds, n)
         self.clock = EventClock(seed)
         self.backward = backward
         self.nodes = [VirtualNode(rank, init(rank), optimizer) for rank in range(n)]
@@ -144,3 +141,15 @@ class AsyncSimulation:
     def gradients(self) -> list[int]:
         """Gradients that each node has taken."""
         return [node.gradients for node in self.nodes]
+
+
+def seconds_of(owner: str, seconds: float | Sequence[float], n: int) -> list[float]:
+    """Seconds per gradient of each of ``n`` nodes.
+
+    Raises:
+        ValueError: a duration that is not positive, or the wrong number of them.
+    """
+    out = [float(seconds)] * n if isinstance(seconds, (int, float)) else list(seconds)
+    if len(out) != n:
+        raise ValueError(f"{owner}(seconds={seconds!r}): must be one number or {n} numbers")
+    return [check_float(owner, "seconds", s, 0.0, open_low=True) for s in out]
