@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dopt.compress import E3M0, FP8, QSGD, Compressor, Natural, TernGrad
+from lightning_dopt.compress import E3M0, FP8, QSGD, Compressor, Int8, Natural, TernGrad
 from lightning_dopt.compress import _wire as wire
+from lightning_dopt.compress.quantize import Dither
 
 
 def square(x: Tensor) -> float:
@@ -264,3 +265,63 @@ def test_natural_is_the_same_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_arguments_are_named(make: type[Compressor], option: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^{make.__name__}\({option}={value!r}\): must be [^\n]*$"):
         make(**{option: value})
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_dithers_are_the_middles_of_equal_parts() -> None:
+    dither = Dither(5, torch.device("cpu"))
+    numbers = [dither.next(n).clone() for n in (4096, 4096, 100)]
+    for part in numbers:
+        assert bool((part.int() % 2 == 1).all())
+    assert [len(part) for part in numbers] == [4096, 4096, 100]
+    turned = (numbers[1].int() - numbers[0].int()) % 2**16
+    assert turned.unique().numel() == 1
+    assert int(turned[0]) != 0
+    assert not torch.equal(numbers[1][:100], numbers[2])
+
+
+def test_a_later_call_for_more_draws_anew() -> None:
+    dither = Dither(5, torch.device("cpu"))
+    few, many = dither.next(10).clone(), dither.next(1000).clone()
+    assert few.numel() == 10
+    assert many.numel() == 1000
+    assert (few.int() - many[:10].int()).unique().numel() > 5
+
+
+@pytest.mark.parametrize(
+    "c", [QSGD(2, block=16), TernGrad(16), Natural(), Int8(16, stochastic=True), E3M0(16, stochastic=True)], ids=repr
+)
+def test_errors_of_different_tiles_are_uncorrelated(monkeypatch: pytest.MonkeyPatch, c: Compressor) -> None:
+    """Tiles share random numbers up to a turn; the errors of 12 equal tiles must still average out."""
+    monkeypatch.setattr(wire, "TILE", 16)
+    tile = torch.randn(16, generator=torch.Generator().manual_seed(1)) + 0.3
+    x = tile.repeat(12)
+    errors = torch.stack([c.roundtrip(x, seed).sub_(x) for seed in range(200)]).double()
+    single = errors.square().sum(1).mean()
+    # One number per tile, as correlated tiles make it large: 12 times the variance of one, not 12^2 times.
+    ones = errors.view(200, 12, 16).sum(1).square().sum(1).mean()
+    assert float(ones / single) == pytest.approx(1.0, abs=0.2)
+    assert float(errors.mean(0).abs().max() / errors.square().mean().sqrt()) < 6 / math.sqrt(200)
+
+
+@pytest.mark.parametrize("fraction", [2.0**-5, 0.3, 0.5, 1 - 2.0**-10])
+def test_rounding_is_unbiased_to_2_to_the_minus_16(fraction: float) -> None:
+    """Over all 2^15 numbers, each once."""
+    dither = Dither(0, torch.device("cpu"))
+    dither._base = torch.arange(-(2**15) + 1, 2**15, 2).to(torch.int16)
+    values = torch.full((2**15,), 3.0 + fraction)
+    dither.add_to(values)
+    assert values.round_().double().mean().item() == pytest.approx(3.0 + fraction, abs=2.0**-16)
+    dither._base = torch.arange(-(2**15) + 1, 2**15, 2).to(torch.int16)
+    mantissas = torch.full((2**15,), 1.0 + fraction).view(torch.int32)
+    powers = (dither.carry(mantissas) & 0x7F800000).view(torch.float32)
+    assert powers.double().mean().item() == pytest.approx(1.0 + fraction, abs=2.0**-16)
+
+
+def test_qsgd_norms_beyond_the_squares_of_float32() -> None:
+    for scale in (1e-30, 1e-18, 1.0, 1e25, 1e37):
+        x = torch.tensor([3.0, -4.0, 0.0, 0.0]) * scale
+        decoded = QSGD(5, block=4).roundtrip(x, 1)
+        torch.testing.assert_close(decoded, x, rtol=1e-5, atol=0.0)

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from lightning_dopt.compress._wire import pack_bits, pack_nibbles, unpack_nibbles, unpack_signs
+from lightning_dopt.compress._wire import TILE, pack_nibbles, unpack_nibbles
 from lightning_dopt.compress.base import Compressor
 
 _POWERS_OF_THREE = (1, 3, 9, 27, 81)
 
 
 def code_bytes(count: int, bits: int) -> int:
-    """Bytes of :func:`pack_codes`: ``count`` for 8 bits, half of it for 4, else ``bits`` planes of ``count / 8``."""
+    """Bytes of :func:`pack_codes`: ``count`` for 8 bits, half of it for 4, else ``bits ceil(count / 8)``."""
     if bits == 8:
         return count
     return (count + 1) // 2 if bits == 4 else bits * ((count + 7) // 8)
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Integers in [0, 2^bits) as bytes: nibbles for 4 bits, else one plane of packed bits after the other."""
+def pack_codes(codes: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """Integers in [0, 2^bits) as bytes: bytes for 8 bits, nibbles for 4, else pieces of 8, 4, 2 and 1 of their bits.
+
+    The lowest bits come first. For a piece of ``p`` bits the vector is cut into ``8 / p`` equal parts; the first part
+    has the lowest ``p`` bits of the bytes, the next part the next.
+    """
     if bits == 8:
-        return codes.to(torch.uint8)
+        return codes.to(torch.uint8) if out is None else out.copy_(codes)
     if bits == 4:
-        return pack_nibbles(codes.to(torch.int8))
-    planes = [pack_bits(codes.bitwise_right_shift(b).bitwise_and_(1).to(torch.bool)) for b in range(bits)]
-    return torch.cat(planes) if planes else torch.empty(0, dtype=torch.uint8, device=codes.device)
+        return pack_nibbles(codes.to(torch.int8), out)
+    packed = (
+        torch.empty(code_bytes(codes.numel(), bits), dtype=torch.uint8, device=codes.device) if out is None else out
+    )
+    packed.zero_()
+    for first, last, start, low, width, k in _pieces(codes.numel(), bits, codes.device):
+        part = codes[first:last]
+        if low:
+            part = part.bitwise_right_shift(low)
+        if low + width < bits:
+            part = part.bitwise_and((1 << width) - 1)
+        part = part.to(torch.uint8)
+        packed[start : start + last - first].bitwise_or_(part.bitwise_left_shift(k * width) if k else part)
+    return packed
 
 
 def unpack_codes(packed: Tensor, count: int, bits: int) -> Tensor:
@@ -34,19 +51,43 @@ def unpack_codes(packed: Tensor, count: int, bits: int) -> Tensor:
         return packed.to(torch.int16)
     if bits == 4:
         return unpack_nibbles(packed, count).bitwise_and_(15)
-    codes = torch.zeros(count, dtype=torch.int64 if bits > 8 else torch.int8, device=packed.device)
-    for b, plane in enumerate(packed.view(bits, -1) if bits else ()):
-        codes.add_(unpack_signs(plane, count).add_(1).bitwise_right_shift_(1).to(codes.dtype).bitwise_left_shift_(b))
+    dtype = torch.int64 if bits > 8 else torch.int8
+    codes = torch.zeros(count, dtype=dtype, device=packed.device)
+    for first, last, start, low, width, k in _pieces(count, bits, packed.device):
+        part = packed[start : start + last - first]
+        if k:
+            part = part.bitwise_right_shift(k * width)
+        if width < 8:
+            part = part.bitwise_and((1 << width) - 1)
+        codes[first:last].bitwise_or_(part.to(dtype).bitwise_left_shift_(low) if low else part.to(dtype))
     return codes
 
 
-def pack_trits(digits: Tensor) -> Tensor:
+def _pieces(count: int, bits: int, device: torch.device) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """Which codes (from, to) share which bytes (from): with which bits (the lowest, how many), as which part of a byte."""
+    start = low = 0
+    while low < bits:
+        width = next(w for w in (8, 4, 2, 1) if low + w <= bits)
+        size = width * ((count + 7) // 8)
+        step = TILE if device.type == "cpu" else max(1, size)
+        for offset in range(0, size, step):
+            for k in range(8 // width):
+                first, last = k * size + offset, min(k * size + min(offset + step, size), count)
+                if first < last:
+                    yield first, last, start + offset, low, width, k
+        start, low = start + size, low + width
+
+
+def pack_trits(digits: Tensor, out: Tensor | None = None) -> Tensor:
     """Five digits 0, 1, 2 to a byte: the first fifth of the vector counts 1, the next 3, then 9, 27, 81."""
     size = (digits.numel() + 4) // 5
-    packed = torch.zeros(size, dtype=torch.uint8, device=digits.device)
-    for k, power in enumerate(_POWERS_OF_THREE):
-        part = digits[k * size : (k + 1) * size].to(torch.uint8)
-        packed[: part.numel()].add_(part, alpha=power)
+    packed = torch.empty(size, dtype=torch.uint8, device=digits.device) if out is None else out
+    packed.zero_()
+    step = TILE if digits.device.type == "cpu" else max(1, size)
+    for first in range(0, size, step):
+        for k, power in enumerate(_POWERS_OF_THREE):
+            part = digits[k * size + first : k * size + min(first + step, size)].to(torch.uint8)
+            packed[first : first + part.numel()].add_(part, alpha=power)
     return packed
 
 
@@ -60,11 +101,16 @@ def unpack_trits(compressor: Compressor, packed: Tensor, count: int) -> Tensor:
         raise ValueError(
             f"{compressor!r}: a byte of {int(packed.max())} in a message where 242 is the largest; damaged"
         )
-    byte = torch.arange(243, dtype=torch.int32, device=packed.device)
-    index = packed.to(torch.int32)
-    digits = torch.empty(5 * packed.numel(), dtype=torch.int8, device=packed.device).view(5, -1)
-    for row, power in zip(digits, _POWERS_OF_THREE, strict=True):
-        row.copy_((byte // power % 3).to(torch.int8).index_select(0, index))
+    size = packed.numel()
+    digits = torch.empty(5 * size, dtype=torch.int8, device=packed.device).view(5, -1)
+    step = TILE if packed.device.type == "cpu" else size
+    for first in range(0, size, step):
+        rest = packed[first : first + step].to(torch.int16)
+        for k in range(4):
+            third = rest.add(1).mul_(85).bitwise_right_shift_(8)  # a third of it, rounded down: exact up to 257
+            digits[k, first : first + step] = rest.sub_(third, alpha=3)
+            rest = third
+        digits[4, first : first + step] = rest
     return digits.view(-1)[:count]
 
 

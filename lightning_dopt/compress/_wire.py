@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from lightning_dopt.compress.base import Compressor, Shape, numel
 
-TILE = 1 << 17
+TILE = 1 << 18
 """Elements handled at a time on a CPU: scratch of this size stays in cache, whole-tensor temporaries page-fault."""
 
 
@@ -83,6 +83,8 @@ def block_count(shape: Shape, block: int) -> int:
 def tiles(d: int, block: int, device: torch.device) -> Iterator[tuple[int, int, int]]:
     """Cut ``d`` elements into pieces ``(first, last, width)`` of whole blocks of ``width``, then the shorter block."""
     width = min(block, d)
+    if not width:
+        return
     whole = d - d % width
     step = max(1, TILE // width) * width if device.type == "cpu" else whole
     for first in range(0, whole, step):
@@ -92,11 +94,16 @@ def tiles(d: int, block: int, device: torch.device) -> Iterator[tuple[int, int, 
 
 
 def add_scaled(
-    flat: Tensor, codes: Tensor, scales: Tensor, block: int, weight: float, table: Tensor | None = None
+    flat: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    block: int,
+    weight: float,
+    meaning: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """``flat += weight * scale of the block * code``, in at least float32.
 
-    The codes are numbers of any type; with a ``table`` of ``n`` values, places in it counted from ``n // 2``.
+    The codes are numbers of any type, or what ``meaning`` makes numbers of, a tile at a time.
     """
     dtype = torch.promote_types(flat.dtype, torch.float32)
     factors = scales.to(dtype) * weight
@@ -104,12 +111,8 @@ def add_scaled(
     row = 0
     for first, last, width in tiles(flat.numel(), block, flat.device):
         rows = (last - first) // width
-        values = scratch.resize_(last - first)
-        if table is None:
-            values.copy_(codes[first:last])
-        else:
-            places = codes[first:last].to(torch.int32).add_(table.numel() // 2)
-            torch.index_select(table.to(dtype), 0, places, out=values)
+        part = codes[first:last]
+        values = scratch.resize_(last - first).copy_(part if meaning is None else meaning(part))
         values.view(rows, width).mul_(factors[row : row + rows, None])
         flat[first:last].add_(values)
         row += rows
@@ -132,16 +135,24 @@ def unpack_signs(packed: Tensor, d: int) -> Tensor:
     return words.view(torch.int8)[:d]
 
 
-def pack_nibbles(codes: Tensor) -> Tensor:
+def pack_nibbles(codes: Tensor, out: Tensor | None = None) -> Tensor:
     """Two codes in [-8, 7] to a byte: the first half of the vector in the low nibbles, the second in the high ones."""
     half = (codes.numel() + 1) // 2
-    packed = codes[:half].bitwise_and(15).view(torch.uint8)
-    packed[: codes.numel() - half].bitwise_or_(codes[half:].view(torch.uint8).bitwise_left_shift(4))
+    packed = torch.empty(half, dtype=torch.uint8, device=codes.device) if out is None else out
+    bits = codes.view(torch.uint8)
+    for first, last, _ in tiles(half, 1, codes.device):
+        part = torch.bitwise_and(bits[first:last], 15, out=packed[first:last])
+        high = bits[half + first : half + last].bitwise_left_shift(4)
+        part[: high.numel()].bitwise_or_(high)
     return packed
 
 
 def unpack_nibbles(packed: Tensor, d: int) -> Tensor:
     """The ``d`` codes of :func:`pack_nibbles` as int8."""
-    signed = packed.view(torch.int8)
-    low = signed.bitwise_left_shift(4).bitwise_right_shift_(4)  # the shift to the right spreads the sign bit
-    return torch.cat([low, signed.bitwise_right_shift(4)])[:d]
+    half, signed = packed.numel(), packed.view(torch.int8)
+    codes = torch.empty(2 * half, dtype=torch.int8, device=packed.device)
+    for first, last, _ in tiles(half, 1, packed.device):
+        low = torch.bitwise_left_shift(signed[first:last], 4, out=codes[first:last])
+        low.bitwise_right_shift_(4)  # the shift to the right spreads the sign bit
+        torch.bitwise_right_shift(signed[first:last], 4, out=codes[half + first : half + last])
+    return codes[:d]

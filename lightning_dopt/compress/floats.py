@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_dopt._checks import check_choice, check_flag, check_int
 from lightning_dopt.compress._wire import (
-    TILE,
     FlatCompressor,
     add_scaled,
     block_count,
@@ -24,6 +23,8 @@ from lightning_dopt.compress.quantize import SMALLEST_STEP, Dither
 
 _EXPONENT = 0x7F800000
 """Bits of the exponent in a float32."""
+_FAR = 1.5 * 2**23
+"""Between this many and a few more steps from zero a float32 can be no fraction of a step."""
 
 
 class FP8(FlatCompressor):
@@ -90,8 +91,8 @@ class FP8(FlatCompressor):
             values = scratch.resize_(last - first).view(rows, width)
             torch.amax(torch.abs(x, out=values), dim=1, out=scale)
             scale.copy_(self._scales(scale, top))
-            torch.mul(x, scale.reciprocal()[:, None], out=values).clamp_(-top, top)
-            codes[first:last] = values.view(-1)
+            # The largest is at most a rounding error above the top, and becomes the top.
+            codes[first:last] = torch.mul(x, scale.reciprocal()[:, None], out=values).view(-1)
             row += rows
         payload[: self._scale_bytes * blocks] = self._scales_to_bytes(scales)
         return payload
@@ -100,13 +101,20 @@ class FP8(FlatCompressor):
         """Add scale times element."""
         blocks = block_count(flat.shape, self.block)
         codes = payload[self._scale_bytes * blocks :].view(torch.int8)
-        # Looking a byte up costs a third of the processor's way from 8 bits to float32.
-        values = torch.arange(-128, 128, device=flat.device).to(torch.int8).view(self._dtype).to(torch.float32)
         if self.scale == "amax":
             scales = section(payload, 0, blocks, torch.float32)
         else:
             scales = _power(payload[:blocks].to(torch.int32) - 127)
-        add_scaled(flat, codes, scales, self.block, weight, values)
+        if self.format == "e4m3":
+            scales = scales * 2.0**8  # its exponents are counted from -7, those of float16 from -15
+        add_scaled(flat, codes, scales, self.block, weight, self._halves)
+
+    def _halves(self, codes: Tensor) -> Tensor:
+        """The elements as float16, which a processor turns into float32 faster than 8 bits: the bits put in their places."""
+        bits = codes.to(torch.int16)
+        if self.format == "e5m2":
+            return bits.bitwise_left_shift_(8).view(torch.float16)
+        return bits.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
 
     def _scales(self, largest: Tensor, top: float) -> Tensor:
         if self.scale == "amax":
@@ -127,20 +135,10 @@ class _Powers(FlatCompressor):
 
     stochastic: bool
 
-    def _round(self, values: Tensor, lowest: int, dither: Dither | None) -> Tensor:
-        """Codes of a vector (overwritten) as int32; the power ``2^lowest`` has code 1."""
-        bits = values.view(torch.int32)
-        # The distance between the neighbours among {0, 2^lowest, 2^(lowest + 1), ...} of each element.
-        gap = bits.bitwise_and(_EXPONENT).view(torch.float32).clamp_(min=2.0**lowest)
-        values.div_(gap)
-        if dither is None:
-            values.round_()
-        else:
-            dither.add_to(values)
-            values.floor_()
-        bits = values.mul_(gap).view(torch.int32)
-        place = bits.bitwise_and(_EXPONENT).bitwise_right_shift_(23).sub_(lowest + 126).clamp_(min=0)
-        return place.mul_(bits.bitwise_right_shift(31).bitwise_or_(1))
+    def _sign(self, bits: Tensor, places: Tensor, scratch: Tensor) -> None:
+        """Give the int8 places the signs of the floats with these bits (int32, overwritten)."""
+        sign = scratch.resize_(places.numel()).copy_(bits.bitwise_right_shift_(31))  # 0 or -1
+        places.bitwise_xor_(sign).sub_(sign)
 
 
 class Natural(_Powers):
@@ -172,16 +170,23 @@ class Natural(_Powers):
         """The lowest power, then one signed byte per element."""
         payload = torch.empty(flat.numel() + 1, dtype=torch.uint8, device=flat.device)
         low, high = flat.aminmax()
-        largest = float(torch.maximum(-low, high).clamp_(max=2.0**127))
+        largest = float(torch.maximum(-low, high))
         if math.isnan(largest):
             return payload.fill_(255)
-        lowest = max(-126, math.frexp(largest)[1] - 126)
+        lowest = max(-126, math.frexp(min(largest, 2.0**127))[1] - 126)
         payload[0] = lowest + 126
         codes, dither = payload[1:].view(torch.int8), Dither(seed, flat.device)
-        scratch = torch.empty(0, device=flat.device)
+        scratch, signs = torch.empty(0, device=flat.device), torch.empty(0, dtype=torch.int8, device=flat.device)
+        shifted = torch.empty(0, dtype=torch.int32, device=flat.device)
         for first, last, _ in tiles(flat.numel(), 1, flat.device):
-            values = torch.clamp(flat[first:last], -(2.0**127), 2.0**127, out=scratch.resize_(last - first))
-            codes[first:last] = self._round(values, lowest, dither)
+            x = flat[first:last] if largest <= 2.0**127 else flat[first:last].clamp(-(2.0**127), 2.0**127)
+            # The lowest power becomes 2^-126, so places are exponents, and what lies below is evenly spaced as well.
+            values = torch.mul(x, 2.0 ** -(lowest + 126), out=scratch.resize_(last - first))
+            bits = dither.carry(values.view(torch.int32))
+            places = codes[first:last].copy_(
+                torch.bitwise_right_shift(bits, 23, out=shifted.resize_(last - first))
+            )  # keeps the low byte
+            self._sign(bits, places, signs)
         return payload
 
     def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
@@ -193,12 +198,15 @@ class Natural(_Powers):
         head = int(payload[0])
         if head > 128 and head != 255:
             raise ValueError(f"{self!r}: a message that begins with {head}, where 128 is the largest; damaged")
-        place = torch.arange(1, 128, device=flat.device, dtype=torch.int32)
-        powers = torch.full((127,), math.nan, device=flat.device) if head == 255 else _power(place + (head - 127))
-        codes = payload[1:].view(torch.int8)
-        for first, last, width in tiles(flat.numel(), TILE, flat.device):
-            ones = powers.new_ones((last - first) // width)
-            add_scaled(flat[first:last], codes[first:last], ones, width, weight, _mirrored(powers))
+        codes, scratch = (
+            payload[1:].view(torch.int8),
+            torch.empty(0, dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device),
+        )
+        for first, last, _ in tiles(flat.numel(), 1, flat.device):
+            values = scratch.resize_(last - first).copy_(_signed_powers(codes[first:last], 7).view(torch.bfloat16))
+            if head == 128:
+                values.mul_(2.0)
+            flat[first:last].add_(values.mul_(math.nan if head == 255 else 2.0 ** min(head, 127)), alpha=weight)
 
 
 class E3M0(_Powers):
@@ -257,32 +265,49 @@ class E3M0(_Powers):
         payload = torch.empty(self.payload_bytes(flat.shape), dtype=torch.uint8, device=flat.device)
         scales = section(payload, 0, blocks, torch.float32)
         codes = torch.empty(flat.numel(), dtype=torch.int8, device=flat.device)
-        scratch, dither = torch.empty(0, device=flat.device), Dither(seed, flat.device) if self.stochastic else None
+        scratch, gaps = torch.empty(0, device=flat.device), torch.empty(0, dtype=torch.int32, device=flat.device)
+        dither = Dither(seed, flat.device) if self.stochastic else None
+        signs = torch.empty(0, dtype=torch.int8, device=flat.device)
         row = 0
         for first, last, width in tiles(flat.numel(), self.block, flat.device):
             rows = (last - first) // width
             x, scale = flat[first:last].view(rows, width), scales[row : row + rows]
             values = scratch.resize_(last - first).view(rows, width)
             torch.amax(torch.abs(x, out=values), dim=1, out=scale).clamp_(min=SMALLEST_STEP)
-            torch.mul(x, scale.reciprocal()[:, None], out=values).clamp_(-1.0, 1.0)
-            codes[first:last] = self._round(values.view(-1), -6, dither)
+            bits = torch.mul(x, scale.reciprocal()[:, None], out=values).view(-1).view(torch.int32)
+            # The distance between the levels around each element: its own power of two, at least the lowest.
+            exponents = torch.bitwise_and(bits, _EXPONENT, out=gaps.resize_(last - first))
+            gap, flatly = exponents.view(torch.float32).clamp_(min=2.0**-6), values.view(-1)
+            if dither is not None:
+                dither.add_to(flatly, gap)
+            # So far from zero the floats are as far apart as the levels: adding rounds.
+            flatly.add_(gap, alpha=_FAR).sub_(gap, alpha=_FAR)
+            places = codes[first:last].copy_(torch.bitwise_right_shift(bits, 23, out=exponents))
+            places.sub_(120).clamp_(min=0)
+            self._sign(bits, places, signs)
             row += rows
-        payload[4 * blocks :] = pack_nibbles(codes)
+        pack_nibbles(codes, payload[4 * blocks :])
         return payload
 
     def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
         """Add scale times power; the code -8, which is never sent, counts as -7."""
         blocks = block_count(flat.shape, self.block)
         codes = unpack_nibbles(payload[4 * blocks :], flat.numel()).clamp_(min=-7)
-        powers = _power(torch.arange(-6, 1, device=flat.device, dtype=torch.int32))
-        add_scaled(flat, codes, section(payload, 0, blocks, torch.float32), self.block, weight, _mirrored(powers))
+        add_scaled(flat, codes, section(payload, 0, blocks, torch.float32), self.block, weight, self._floats)
+
+    @staticmethod
+    def _floats(codes: Tensor) -> Tensor:
+        """The powers for the codes: those of float16 are counted from ``2^-15``, these from ``2^-7``."""
+        return _signed_powers(codes, 10).view(torch.float16).to(torch.float32).mul_(2.0**8)
+
+
+def _signed_powers(codes: Tensor, mantissa: int) -> Tensor:
+    """The sign and the magnitude of int8 codes in the places of sign and exponent of a 16-bit float, as int16."""
+    bits = codes.to(torch.int16)
+    sign = bits.bitwise_and(-(2**15))
+    return bits.abs_().bitwise_left_shift_(mantissa).bitwise_or_(sign)
 
 
 def _power(exponent: Tensor) -> Tensor:
     """``2^e`` for int32 exponents from -126 to 127, infinity for 128."""
     return exponent.add(127).bitwise_left_shift_(23).view(torch.float32)
-
-
-def _mirrored(powers: Tensor) -> Tensor:
-    """The values of the codes ``-n .. n``: the negatives in reverse, zero, and the ``n`` powers."""
-    return torch.cat([-powers.flip(0), powers.new_zeros(1), powers])

@@ -22,7 +22,7 @@ class QSGD(Blockwise):
 
     With few levels most codes are zero. A code takes ``w`` bits, as many as the numbers from 0 to ``2 s`` need: with 1
     level 2 bits, 3 levels 3 bits, 7 levels 4 bits, 127 levels 8 bits. The message is the float32 steps, then ``w``
-    bits per element, as bytes (8), nibbles (4) or in ``w`` planes of ``ceil(d / 8)`` bytes. Not linear: the scales
+    bits per element, as bytes (8), nibbles (4) or in pieces of 4, 2 and 1 bits (``w ceil(d / 8)`` bytes). Not linear: the scales
     differ between ranks.
 
     *Variance.* With ``y = s |x| / ||x|| = j + f`` it is ``f (1 - f)`` in units of the step. The sum of the
@@ -71,16 +71,12 @@ class QSGD(Blockwise):
 
     def pack(self, flat: Tensor, seed: int) -> Tensor:
         """Steps, then codes: with 4 and 8 bits as signed numbers, else counted from ``-s``."""
-        steps, codes = _quantized(self, flat, seed)
-        if self.bits == 8:
-            packed = codes.view(torch.uint8)
+        payload, packed, codes = _quantized(self, flat, seed)
+        if self.bits == 4:
+            pack_nibbles(codes, packed)
         else:
-            packed = (
-                pack_nibbles(codes)
-                if self.bits == 4
-                else pack_codes(codes.add_(self.levels).view(torch.uint8), self.bits)
-            )
-        return torch.cat([steps.view(torch.uint8), packed])
+            pack_codes(codes.view(torch.uint8) if self.bits == 8 else codes.add_(self.levels), self.bits, packed)
+        return payload
 
     def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
         """Add step times code."""
@@ -95,8 +91,7 @@ class QSGD(Blockwise):
         add_scaled(flat, codes, section(payload, 0, blocks, torch.float32), self.block, weight)
 
     def _steps(self, x: Tensor, step: Tensor, scratch: Tensor) -> None:
-        norm = _root_sum(x, step, scratch).clamp_(max=_LARGEST_NORM)
-        step.copy_(norm).div_(self.levels).clamp_(min=SMALLEST_STEP)
+        _norms(x, step, scratch).clamp_(max=_LARGEST_NORM).div_(self.levels).clamp_(min=SMALLEST_STEP)
 
 
 class TernGrad(Blockwise):
@@ -142,8 +137,9 @@ class TernGrad(Blockwise):
 
     def pack(self, flat: Tensor, seed: int) -> Tensor:
         """Scales, then digits 0, 1, 2 for -1, 0, 1."""
-        steps, codes = _quantized(self, flat, seed)
-        return torch.cat([steps.view(torch.uint8), pack_trits(codes.add_(1))])
+        payload, packed, codes = _quantized(self, flat, seed)
+        pack_trits(codes.add_(1), packed)
+        return payload
 
     def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
         """Add scale times digit.
@@ -155,22 +151,32 @@ class TernGrad(Blockwise):
         digits = unpack_trits(self, payload[4 * blocks :], flat.numel()).sub_(1)
         add_scaled(flat, digits, section(payload, 0, blocks, torch.float32), self.block, weight)
 
+    @property
+    def _spills(self) -> bool:
+        return self.clip > 0.0
+
     def _steps(self, x: Tensor, step: Tensor, scratch: Tensor) -> None:
+        torch.amax(torch.abs(x, out=scratch), dim=1, out=step)
         if self.clip:
-            limit = _root_sum(x, step, scratch).mul_(self.clip / math.sqrt(x.shape[1]))
+            limit = _norms(x, torch.empty_like(step), scratch).mul_(self.clip / math.sqrt(x.shape[1]))
             torch.minimum(step, limit, out=step)
         step.clamp_(min=SMALLEST_STEP)
 
 
-def _quantized(compressor: Blockwise, flat: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The float32 steps and the int8 codes."""
-    steps = torch.empty(block_count(flat.shape, compressor.block), device=flat.device)
+def _quantized(compressor: Blockwise, flat: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A message with its float32 steps, the room in it for the packed codes, and the int8 codes."""
+    blocks = block_count(flat.shape, compressor.block)
+    payload = torch.empty(compressor.payload_bytes(flat.shape), dtype=torch.uint8, device=flat.device)
     codes = torch.empty(flat.numel(), dtype=torch.int8, device=flat.device)
-    compressor._quantize(flat, steps, codes, seed)
-    return steps, codes
+    compressor._quantize(flat, section(payload, 0, blocks, torch.float32), codes, seed)
+    return payload, payload[4 * blocks :], codes
 
 
-def _root_sum(x: Tensor, largest: Tensor, scratch: Tensor) -> Tensor:
-    """The norm of each row of ``x``, whose largest magnitudes are given; their squares alone could overflow."""
-    unit = largest.clamp(min=SMALLEST_STEP)
-    return torch.div(x, unit[:, None], out=scratch).square_().sum(1).sqrt_().mul_(unit)
+def _norms(x: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
+    """The norm of each row of ``x``, also where the squares leave the range of float32."""
+    torch.linalg.vector_norm(x, dim=1, out=out)
+    if not bool(((out > 1e-15) & (out < 1e18)).all()):
+        unit = torch.amax(torch.abs(x, out=scratch), dim=1).clamp_(min=SMALLEST_STEP)
+        torch.div(x, unit[:, None], out=scratch)
+        torch.linalg.vector_norm(scratch, dim=1, out=out).mul_(unit)
+    return out
