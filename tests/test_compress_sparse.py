@@ -368,7 +368,7 @@ def test_fedzip_refuses_damaged_messages() -> None:
         (
             Compose,
             {"first": TopK(0.1), "second": ErrorFeedback(Int8())},
-            r"Compose\(second=ErrorFeedback\(codec=Int8\(\)\)\): must be a compressor \(memories .*",
+            r"Compose\(second=ErrorFeedback\(codec=Int8\(\)\)\): must be a compressor \(memories, .*",
         ),
     ],
 )
