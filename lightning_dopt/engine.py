@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dopt._checks import check_int
 from lightning_dopt._random import key
 from lightning_dopt.apply import OneRound
 from lightning_dopt.comm.world import Talk, World
@@ -234,6 +235,31 @@ class Engine:
     def begun(self) -> bool:
         """Whether the coming step's :meth:`before_step` has run, or no sync needs it."""
         return self._begun or all(getattr(r.sync.apply, "order", "atc") == "atc" for r in self.runners)
+
+    def skip(self, steps: int) -> None:
+        """Let this rank leave out the coming ``steps`` optimizer steps, at none of which anything is sent or applied.
+
+        A slow rank that takes fewer steps per round than the others thus keeps their numbering, and meets them at the round's
+        end: with ``Every(H)`` a rank that is to take ``k`` of ``H`` steps takes ``k - 1``, skips ``H - k``, and takes one more.
+
+        Args:
+            steps: How many, at least 0.
+
+        Raises:
+            ValueError: a sync belongs to one of these steps, or the plan has corrections, which count every step.
+            RuntimeError: called between :meth:`before_step` and :meth:`after_step`.
+        """
+        check_int("Engine.skip", "steps", steps, 0)
+        if self._begun:
+            raise RuntimeError("Engine.skip: a step has begun; call it after after_step()")
+        if self.corrections:
+            raise ValueError(f"Engine.skip(steps={steps}): corrections count every step, and this plan has some")
+        self._begin_rounds()
+        for step in range(self.step + 1, self.step + steps + 1):
+            if self.communicates(step):
+                raise ValueError(f"Engine.skip(steps={steps}): ranks talk at step {step}, which none may leave out")
+        self.step += steps
+        self.world.step = self.step
 
     def before_step(self) -> Talk[None]:
         """Before the forward pass of an optimizer step (its first micro-batch): syncs of order ``cta`` and ``awc``.

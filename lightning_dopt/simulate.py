@@ -14,6 +14,7 @@ from lightning_dopt.comm.links import REST, OnLostPeer
 from lightning_dopt.comm.simulated import SimulatedWorld, lockstep
 from lightning_dopt.comm.world import Talk
 from lightning_dopt.engine import Engine
+from lightning_dopt.pace import LocalSteps
 from lightning_dopt.plan import Plan
 
 Replica = dict[str, Tensor]
@@ -36,9 +37,12 @@ class Simulation:
         patience: Virtual seconds to wait for a neighbour before its link is to rest; see :class:`ProcessGroupWorld`.
         rest: Optimizer steps with a meeting of the pair that a link rests.
         offload: See :class:`Engine`.
+        pace: Unequal numbers of steps between meetings, all of which must lie at multiples of ``pace.steps``: in every round of so
+            many, slow ranks take ``pace.of(...)`` steps and :meth:`Engine.skip` the others. Speeds are those of ``pace``, or follow
+            from ``step_seconds``.
 
     Raises:
-        ValueError: ``n < 1``, a plan that does not suit ``n``, or the wrong number of step times.
+        ValueError: ``n < 1``, a plan that does not suit ``n``, or the wrong number of step times or speeds.
     """
 
     def __init__(
@@ -54,11 +58,15 @@ class Simulation:
         patience: float | None = None,
         rest: int = REST,
         offload: bool = False,
+        pace: LocalSteps | None = None,
     ) -> None:
         check_int("Simulation", "n", n, 1)
         self.seconds = [step_seconds] * n if isinstance(step_seconds, (int, float)) else list(step_seconds)
         if len(self.seconds) != n:
             raise ValueError(f"Simulation(step_seconds={step_seconds!r}): must be one number or {n} numbers")
+        self.pace = pace
+        self.round_steps = _round_steps(pace, self.seconds)
+        """Steps that each rank takes in a round of ``pace.steps``; empty without a pace."""
         self.backward = backward
         self.worlds = SimulatedWorld.create(n, link, on_lost_peer, patience, rest)
         self.alive = list(range(n))
@@ -73,33 +81,45 @@ class Simulation:
         ]
 
     def run(self, steps: int) -> Simulation:
-        """Train for ``steps`` optimizer steps."""
+        """Train for ``steps`` optimizer steps, of the fastest rank if there is a pace."""
         for _ in range(steps):
-            self._all(Engine.before_step)
-            self._pass()
-            if self.engines[self.alive[0]].passes == 2:
-                self._all(Engine.perturb)
-                self._pass()
-            for rank in self.alive:
+            ranks = self._stepping()
+            self._all(Engine.before_step, ranks)
+            self._pass(ranks)
+            if self.engines[ranks[0]].passes == 2:
+                self._all(Engine.perturb, ranks)
+                self._pass(ranks)
+            for rank in ranks:
                 clock = self.worlds[rank].clock
                 if clock is not None:
                     clock.compute(self.seconds[rank])
-            self._all(Engine.on_gradients)
-            for rank in self.alive:
+            self._all(Engine.on_gradients, ranks)
+            for rank in ranks:
                 self.optimizers[rank].step()
-            self._all(Engine.after_step)
+            self._all(Engine.after_step, ranks)
         return self
 
-    def _pass(self) -> None:
-        """One forward and backward pass of every rank."""
+    def _stepping(self) -> list[int]:
+        """The ranks that take the coming step; the others skip it."""
+        if self.pace is None:
+            return self.alive
+        place = self.engines[self.alive[0]].step % self.pace.steps + 1
+        ranks = [r for r in self.alive if place < self.round_steps[r] or place == self.pace.steps]
         for rank in self.alive:
+            if rank not in ranks:
+                self.engines[rank].skip(1)
+        return ranks
+
+    def _pass(self, ranks: list[int]) -> None:
+        """One forward and backward pass of some ranks."""
+        for rank in ranks:
             replica = self.replicas[rank]
             self.optimizers[rank].zero_grad()
             self.backward(rank, replica, self.engines[rank].step + 1)
 
     def finish(self) -> Simulation:
         """End of training: apply what is in flight and run the syncs that are due at the end."""
-        self._all(Engine.finish)
+        self._all(Engine.finish, self.alive)
         return self
 
     def kill(self, rank: int) -> Simulation:
@@ -108,9 +128,9 @@ class Simulation:
         self.alive.remove(rank)
         return self
 
-    def _all(self, part: Callable[[Engine], Talk[None]]) -> None:
+    def _all(self, part: Callable[[Engine], Talk[None]], ranks: list[int]) -> None:
         with torch.no_grad():
-            lockstep([part(self.engines[rank]) for rank in self.alive])
+            lockstep([part(self.engines[rank]) for rank in ranks])
 
     def stacked(self, name: str = "x") -> Tensor:
         """One parameter of all ranks, shape (n, ...)."""
@@ -125,6 +145,20 @@ class Simulation:
     def bytes(self) -> list[int]:
         """Payload bytes sent by each rank."""
         return [w.ledger.bytes for w in self.worlds]
+
+
+def _round_steps(pace: LocalSteps | None, seconds: list[float]) -> list[int]:
+    """Steps per round of every rank; none without a pace."""
+    if pace is None:
+        return []
+    if not pace.dynamic:
+        return [pace.steps] * len(seconds)
+    if pace.speeds is None and min(seconds) <= 0.0:
+        raise ValueError(f"Simulation(pace={pace!r}): needs speeds, or step_seconds above 0")
+    speeds = pace.speeds if pace.speeds is not None else [1.0 / s for s in seconds]
+    if len(speeds) != len(seconds):
+        raise ValueError(f"Simulation(pace={pace!r}): must have {len(seconds)} speeds, one per worker")
+    return [pace.of(v, max(speeds)) for v in speeds]
 
 
 def _lr_of(optimizer: Optimizer) -> Callable[[str], float]:

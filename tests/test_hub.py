@@ -9,7 +9,7 @@ import torch
 from problems import Quadratics, sgd
 from torch import Tensor
 
-from lightning_dopt import Every, Plan, Sync, outer, plans
+from lightning_dopt import Every, Link, Plan, Simulation, Sync, outer, plans
 from lightning_dopt.asynchronous import (
     Count,
     EqualWeights,
@@ -20,6 +20,7 @@ from lightning_dopt.asynchronous import (
     OnArrival,
     Push,
     StalenessWeights,
+    StepWeights,
     TimeCorrected,
     Timer,
     delayed_nesterov,
@@ -28,6 +29,7 @@ from lightning_dopt.asynchronous import (
     fedfix,
 )
 from lightning_dopt.optim import DelayedNesterov
+from lightning_dopt.topology import WeightedMean
 
 SPEEDS = [0.58, 0.75, 1.51, 3.33]
 """Seconds per step of the paper's toy."""
@@ -161,6 +163,49 @@ def test_a_worker_that_slows_down_gets_fewer_steps() -> None:
     assert run.hub.steps_of(2) == 10
     run.seconds[2] = 5.0
     assert run.run(100.0).hub.steps_of(2) == 2
+
+
+# ------------------------------------------------------------------ unequal numbers of steps, meetings in common
+
+
+def paced(plan: Plan, steps: int, *, link: Link | None = None) -> Simulation:
+    p, start = problem(), torch.ones(3, dtype=torch.float64)
+    pace = LocalSteps(10, dynamic=True)
+    return Simulation(plan, 4, lambda r: {"x": start}, p.backward, sgd(0.05), link, step_seconds=SPEEDS, pace=pace).run(
+        steps
+    )
+
+
+def waiting(weights: object) -> HubRule:
+    return HubRule(Count(4, wait=True), weights, outer.Nesterov())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_a_plan_at_an_unequal_pace_is_a_hub_that_waits_for_all(by_steps: bool) -> None:
+    counts = [10, 7, 3, 1]
+    peers = WeightedMean(counts=counts) if by_steps else None
+    plan = Plan([Sync(Every(10), signal="value", peers=peers, outer=outer.Nesterov())])
+    run = paced(plan, 50)
+    assert run.round_steps == counts
+    pace = LocalSteps(10, dynamic=True, speeds=[1 / s for s in SPEEDS])
+    hub = simulate(waiting(StepWeights() if by_steps else EqualWeights()), pace, SPEEDS).run(29.01)  # 5 rounds of 5.8 s
+    assert hub.hub.version == 5
+    assert hub.gradients == [5 * h for h in counts]
+    torch.testing.assert_close(run.stacked(), position(hub).expand(4, 3), rtol=1e-12, atol=1e-14)
+
+
+def test_an_unequal_pace_saves_waiting() -> None:
+    """Links that take no time: a round lasts as long as the longest of the ranks' shares of it."""
+    link = Link()
+    ends = [world.clock.now for world in paced(plans.diloco(10), 50, link=link).worlds if world.clock is not None]
+    assert ends == pytest.approx([5 * max(h * s for h, s in zip([10, 7, 3, 1], SPEEDS, strict=True))] * 4)
+
+
+def test_no_rank_may_leave_out_a_step_at_which_others_wait() -> None:
+    with pytest.raises(ValueError, match=r"^Engine.skip\(steps=1\): ranks talk at step 5, which none may leave out$"):
+        paced(plans.diloco(5), 10)
+    with pytest.raises(ValueError, match=r"^Engine.skip\(steps=1\): corrections count every step"):
+        paced(plans.k_gt(sync_every=10), 10)
 
 
 # ------------------------------------------------------------------ conservation and determinism

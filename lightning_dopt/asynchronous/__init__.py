@@ -14,9 +14,9 @@ from lightning_dopt.asynchronous.hub_rules import (
     HubRule,
     HubWeights,
     HubWhen,
-    LocalSteps,
     OnArrival,
     StalenessWeights,
+    StepWeights,
     TimeCorrected,
     Timer,
 )
@@ -25,6 +25,7 @@ from lightning_dopt.asynchronous.mailbox import MailboxSimulation
 from lightning_dopt.asynchronous.pair_exchange import PairExchange
 from lightning_dopt.asynchronous.pairwise import Averaging, PairRule, PairState, PairwiseSimulation
 from lightning_dopt.asynchronous.virtual import AsyncSimulation, VirtualNode
+from lightning_dopt.pace import LocalSteps
 
 __all__ = [  # noqa: RUF022  (grouped as they are read: rules, simulations, real processes, tools)
     "PairRule",
@@ -45,6 +46,7 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: rules, simulations, real
     "Timer",
     "HubWeights",
     "EqualWeights",
+    "StepWeights",
     "StalenessWeights",
     "TimeCorrected",
     "LocalSteps",

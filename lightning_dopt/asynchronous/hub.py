@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_dopt._checks import check_int
-from lightning_dopt.asynchronous.hub_rules import Arrival, HubRule, LocalSteps
+from lightning_dopt.asynchronous.hub_rules import Arrival, HubRule
+from lightning_dopt.pace import LocalSteps
 
 
 @dataclass
@@ -101,7 +102,9 @@ class Hub:
     def _move(self, pushes: list[Push]) -> None:
         repeats = Counter(push.worker for push in pushes)
         arrivals = [
-            Arrival(p.worker, self.version - p.base, self.version + 1 - self._taken[p.worker], repeats[p.worker])
+            Arrival(
+                p.worker, self.version - p.base, self.version + 1 - self._taken[p.worker], repeats[p.worker], p.steps
+            )
             for p in pushes
         ]
         self.version += 1

@@ -5,14 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor, isclose
+from math import isclose
 from typing import Literal
 
 from lightning_dopt._checks import check_choice, check_flag, check_float, check_int
 from lightning_dopt._part import Part
 from lightning_dopt.outer import SGD, Outer
-
-_ROUNDING = 1e-6  # speeds are measured: an H that misses an integer by rounding is that integer
 
 
 class HubWhen(Part, ABC):
@@ -115,12 +113,14 @@ class Arrival:
         staleness: Steps of the hub since that worker was given the reference (this one not included).
         turn: Steps of the hub since it last took something of that worker (this one included).
         repeats: How many pushes of that worker this step takes.
+        steps: Optimizer steps that the push stands for.
     """
 
     worker: int
     staleness: int
     turn: int = 1
     repeats: int = 1
+    steps: int = 1
 
 
 class HubWeights(Part, ABC):
@@ -144,6 +144,15 @@ class EqualWeights(HubWeights):
     def weights(self, arrivals: Sequence[Arrival], n: int) -> list[float]:
         """See :meth:`HubWeights.weights`."""
         return [1.0 / len(arrivals)] * len(arrivals)
+
+
+class StepWeights(HubWeights):
+    """The mean of what a step takes, every push weighted by the number of optimizer steps it stands for."""
+
+    def weights(self, arrivals: Sequence[Arrival], n: int) -> list[float]:
+        """See :meth:`HubWeights.weights`."""
+        total = sum(a.steps for a in arrivals)
+        return [a.steps / total for a in arrivals]
 
 
 class StalenessWeights(HubWeights):
@@ -226,35 +235,3 @@ class HubRule(Part):
         self.outer = outer if outer is not None else SGD()
         self.signal: Literal["delta", "value"] = signal
         check_choice("HubRule", "signal", signal, ("delta", "value"))
-
-
-class LocalSteps(Part):
-    """How many steps a worker takes before it pushes: dynamic local updates (DyLU), or the same for all.
-
-    ``H_i = max(1, floor(v_i / max_j v_j * H))`` with the speeds ``v`` in steps per second, so that all take about as long.
-
-    Args:
-        steps: ``H``, of the fastest worker.
-        dynamic: Whether ``H_i`` follows the speed measured in the worker's last phase; otherwise it is ``H``.
-        speeds: Steps per second until they are measured, one per worker; ``None``: first phases have ``H`` steps.
-
-    Raises:
-        ValueError: ``steps < 1``, speeds that are not positive, or speeds without ``dynamic``.
-
-    Source: Liu et al., "Asynchronous Local-SGD Training for Language Modeling", arXiv 2401.09135.
-    """
-
-    def __init__(self, steps: int, dynamic: bool = False, speeds: Sequence[float] | None = None) -> None:
-        self.steps = check_int("LocalSteps", "steps", steps, 1)
-        self.dynamic = check_flag("LocalSteps", "dynamic", dynamic)
-        self.speeds = speeds if speeds is None else [float(v) for v in speeds]
-        if speeds is not None and not dynamic:
-            raise ValueError(f"LocalSteps(speeds={speeds!r}): has no effect without dynamic=True")
-        if self.speeds is not None and not (self.speeds and min(self.speeds) > 0.0):
-            raise ValueError(f"LocalSteps(speeds={speeds!r}): must be positive numbers, one per worker")
-
-    def of(self, speed: float, fastest: float) -> int:
-        """``H_i`` of a worker with ``speed``, the fastest having ``fastest``."""
-        if not self.dynamic:
-            return self.steps
-        return max(1, floor(speed / fastest * self.steps + _ROUNDING))

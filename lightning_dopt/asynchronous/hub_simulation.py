@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from lightning_dopt._checks import check_choice, check_float, check_int
 from lightning_dopt.asynchronous.clock import EventClock
 from lightning_dopt.asynchronous.hub import Hub, Push
-from lightning_dopt.asynchronous.hub_rules import HubRule, LocalSteps
+from lightning_dopt.asynchronous.hub_rules import HubRule
 from lightning_dopt.asynchronous.virtual import Backward, Replica, VirtualNode, seconds_of
+from lightning_dopt.pace import LocalSteps
 
 
 class HubSimulation:
