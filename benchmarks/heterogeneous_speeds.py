@@ -17,8 +17,9 @@ async DN                            2.849        2.324        2.312          510
 async DN + DyLU                     2.953        2.593        2.586          510 s
 ================================  ===========  ===========  ============  ==============
 
-Steps are those of all workers together; the last value up to that place. DN repairs what momentum on every arrival breaks. The
-gain that DyLU has in the paper does not show: with H = 20 the slowest worker's phases have three steps.
+Steps are those of all workers together; the last value up to that place; the third line is ``--async-lr 0.175``. DN repairs most of
+what momentum on every arrival breaks. The gain that DyLU has in the paper does not show; why has not been looked into (with H = 20
+the slowest worker's phases have three steps).
 """
 
 from __future__ import annotations
