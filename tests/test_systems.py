@@ -196,6 +196,23 @@ def test_dgc_of_everything_is_momentum_sgd() -> None:
         close(after(plan), other, 1e-6)
 
 
+@pytest.mark.parametrize("masking", [True, False])
+def test_dgc_is_the_published_recursion(masking: bool) -> None:
+    g, x = constant(3, (30,)), torch.zeros(30, dtype=torch.float64)
+    u, v = torch.zeros_like(g), torch.zeros_like(g)
+    for _ in range(12):
+        u = 0.9 * u + g
+        v = v + u
+        c = torch.stack([TopK(0.2).roundtrip(row) for row in v])
+        v, x = v - c, x - c.mean(0)
+        if masking:
+            u[c != 0] = 0.0
+    sim = pushed(plans.dgc(0.2, warmup=(), masking=masking, dense_below=None), g, 12, sgd(1.0))
+    close(sim.stacked()[1], x, 1e-5)
+    close(memory_of(sim, 2)["momentum"], u[2], 1e-5)
+    assert bool((u == 0).any()) == masking
+
+
 def test_dgc_clips_each_rank_to_its_share() -> None:
     g = 5 * constant(4, (12,))
     sim = pushed(plans.dgc(1.0, 0.0, warmup=(), clip=2.0), g, 1, sgd(1.0))

@@ -27,9 +27,8 @@ Measured with the defaults (2 processes, 200 and 400 steps) on a machine of 2 co
     gan       descent-ascent TopK              4        4.2           2.15 MB
 
 Where nothing but compression is in the way, the correction decides: without it ``QSGD`` and ``TopK`` stall, and ``RandK(0.1)``
-is too coarse for this rate. In the GAN the noise of small batches is larger than what compression adds, the penalty on the
-critic calms the game, and MASHA, whose reference gradients are those of single batches, is behind. All are still falling: a
-measurement of the first 400 steps, not of where they end.
+is too coarse for this rate. In the GAN MASHA, whose reference gradients are those of single small batches, is behind
+compressed gradients as they are. All distances are still falling there: it is the first 400 steps, not where they end.
 """
 
 from __future__ import annotations
