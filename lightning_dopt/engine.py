@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from lightning_dopt._checks import check_int
 from lightning_dopt._random import key
 from lightning_dopt.apply import OneRound
-from lightning_dopt.comm.world import Talk, World
+from lightning_dopt.comm.world import Pending, Talk, World
 from lightning_dopt.distance import sketched_distance
 from lightning_dopt.gradient_runner import GradientRunner
 from lightning_dopt.local.base import Context
@@ -84,6 +85,9 @@ class Engine:
         self.step = 0
         self.offload = offload
         self._begun = False
+        self.on_nonfinite = plan.nonfinite(world.size)
+        self.skipped = 0
+        """Steps that ``on_nonfinite="skip"`` has skipped since this engine was made."""
         self._far: dict[str, bool] = {}
         self._ends: dict[str, int] = {}
         self.lr = lr or _no_lr
@@ -123,11 +127,15 @@ class Engine:
             )
         return names
 
+    @property
+    def _guarded(self) -> bool:
+        return self.on_nonfinite != "ignore"
+
     def _runner(self, index: int, sync: Sync, label: str, lanes: list[Lane]) -> SyncRunner:
         seed = self.plan.sync_seed(index)
         total = sum(lane.numel for lane in lanes) or 1
         channels = [
-            make_channel(sync, lane, self.world, key(seed, k), label, lane.numel / total)
+            make_channel(sync, lane, self.world, key(seed, k), label, lane.numel / total, self.plan.checksum)
             for k, lane in enumerate(lanes)
         ]
         corrections = [] if sync.what.slot == "buffers" else self.corrections
@@ -168,13 +176,13 @@ class Engine:
                         PackedGradients(self.parameters, lane, positions) for lane, positions in pairs
                     ]
                     runner = self._runner(index, sync, label, [c.lane for c in chosen])
-                    gradients.append(GradientRunner(runner, chosen, self.parameters))
+                    gradients.append(GradientRunner(runner, chosen, self.parameters, self._guarded))
                 elif names:
                     size = getattr(sync.what, "bucket_mb", 0.0) * 1e6
                     lanes = [part for lane in self.flat.select(names) for part in buckets(lane, size)]
                     copies = [FlatGradients(self.parameters, lane) for lane in lanes]
                     runner = self._runner(index, sync, label, [c.lane for c in copies])
-                    gradients.append(GradientRunner(runner, copies, self.parameters))
+                    gradients.append(GradientRunner(runner, copies, self.parameters, self._guarded))
         elif slot == "buffers":
             lanes = [self.buffers.lane] if self.buffers.buffers else []
             self.runners.append(self._runner(index, sync, label, lanes))
@@ -334,23 +342,66 @@ class Engine:
             scale: Loss scale the gradients carry, if there is one (mixed precision); messages and memories are kept
                 free of it, and a gradient that is not finite on one rank makes all ranks skip the step.
             group: Which of the gradient groups is about to step.
+
+        Raises:
+            FloatingPointError: with ``on_nonfinite="raise"``, if the gradients of a rank are not finite: on all ranks.
         """
         self.world.step = self.step + 1
-        names = self.groups[group]
+        names, gradients = self.groups[group], self.gradients[group]
+        early = any(gradient.watching for gradient in gradients)
         for correction in self.corrections:
             correction.restore(names)
         if scale is not None:
             if not (yield from self._finite(group)):
                 return
             self._scale(names, 1.0 / scale)
+        elif self._guarded and not early:
+            flags = self._flags(group, _nonfinite([self.parameters[name].grad for name in names]))
+            if self._refused(group, flags if isinstance(flags, Tensor) else (yield flags)):
+                return
         for correction in self.corrections:
             correction.on_backward(names)
         for correction in self.corrections:
             correction.on_gradient(names)
-        for gradient in self.gradients[group]:
-            yield from gradient.run()
+        for gradient in gradients:
+            gradient.send_rest()
+        noted = self._flags(group, _any_noted(gradients)) if self._guarded and early else None
+        for gradient in gradients:
+            yield from gradient.land()
+        if noted is not None and self._refused(group, noted if isinstance(noted, Tensor) else (yield noted)):
+            return
+        for gradient in gradients:
+            yield from gradient.apply()
         if scale is not None:
             self._scale(names, scale)
+
+    def _flags(self, group: int, bad: Tensor) -> Pending | Tensor:
+        """Begin to tell all ranks whose gradients are not finite; without gradient syncs it is this rank's own affair."""
+        flags = torch.zeros(self.world.size, device=self.flat.lanes[0].live.device)
+        flags[self.world.rank] = bad
+        if self.world.size == 1 or not self.gradients[group]:
+            return flags
+        return self.world.all_reduce(flags, self.gradients[group][0].runner.label, overhead=True)
+
+    def _refused(self, group: int, flags: Tensor) -> bool:
+        """Whether some rank's gradients are not finite. Then the step is given up, and the gradients with it."""
+        ranks = [str(j) for j, bad in enumerate(flags.tolist()) if bad]
+        if not ranks:
+            return False
+        for gradient in self.gradients[group]:
+            gradient.abandon()
+        label = self.gradients[group][0].runner.label if self.gradients[group] else "none"
+        where = f"step {self.step + 1}, sync '{label}': the gradients of rank(s) {', '.join(ranks)} are not finite"
+        if self.on_nonfinite == "raise":
+            raise FloatingPointError(
+                f"{where}; parameters and memories are as before the step. Plan(on_nonfinite='skip') goes on without it"
+            )
+        for name in self.groups[group]:
+            self.parameters[name].grad = None
+        self.skipped += 1
+        if self.world.rank == int(ranks[0]):
+            warnings.warn(f"{where}; the step is skipped", stacklevel=2)
+        return True
 
     def _scale(self, names: list[str], factor: float) -> None:
         if factor != 1.0 and (any(self.gradients) or self.corrections):
@@ -538,6 +589,19 @@ class Engine:
         self.world.ledger.load_state_dict(state["ledger"])
         if self.world.clock is not None and state["clock"] is not None:
             self.world.clock.load_state_dict(state["clock"])
+
+
+def _nonfinite(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Whether the sum of a gradient is not finite."""
+    sums = [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)).float() for g in gradients if g is not None]
+    return (
+        torch.stack([s.isfinite().logical_not_().to(sums[0].device) for s in sums]).any() if sums else torch.zeros(())
+    )
+
+
+def _any_noted(gradients: Sequence[GradientRunner]) -> Tensor:
+    device = gradients[0].nonfinite.device
+    return torch.stack([gradient.nonfinite.to(device) for gradient in gradients]).any()
 
 
 def _no_lr(name: str) -> float:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_dopt._random import key
 from lightning_dopt.apply import Blocking
-from lightning_dopt.comm.world import Pending, Talk, World
+from lightning_dopt.comm.seal import SEAL, is_whole, sealed
+from lightning_dopt.comm.world import Pending, SyncError, Talk, World
 from lightning_dopt.compress import Budget, Identity
 from lightning_dopt.compress.allocation import Allocation
 from lightning_dopt.compress.base import Share
@@ -89,9 +90,15 @@ class Channel:
         seed: Seed of this channel's random codecs, the same on all ranks.
         label: Name in the ledger and in errors.
         share: Part of the sync's elements that are in this lane.
+        checksum: Whether messages end with a checksum, see :class:`~lightning_dopt.Plan`.
     """
 
-    def __init__(self, sync: Sync, lane: Lane, world: World, seed: int, label: str, share: float = 1.0) -> None:
+    def __init__(
+        self, sync: Sync, lane: Lane, world: World, seed: int, label: str, share: float = 1.0, checksum: bool = False
+    ) -> None:
+        self.checksum = checksum
+        self.seal = SEAL if checksum else 0
+        """Bytes at the end of each message."""
         self.sync, self.lane, self.world, self.seed, self.label = sync, lane, world, seed, label
         self.compressor, self.memory = as_compressor(sync.codec)
         self.shapes = [f.shape for f in lane.fields]
@@ -108,13 +115,14 @@ class Channel:
         self.allocation = Allocation(budget, self.shapes, share, scale) if budget is not None else None
         self.packing = Packing(self._parts(), self.shapes, scale)
         """How the tensors of the next message are packed; it changes only between messages."""
-        self.two_phase = TwoPhase(sync.codec, self._parts(), self.shapes, start, world.size, world.rank)
+        self.two_phase = TwoPhase(sync.codec, self._parts(), self.shapes, start, world.size, world.rank, self.seal)
         """The two legs of a mean, if messages travel so."""
         self.transport = self._chosen()
         """How messages travel; see :func:`~lightning_dopt.transport.choose`."""
         self.exchanges = sync.combine.exchanges(sync.peers, world.size)
         self._free: list[Tensor] = []
         self._boxes: dict[tuple[int, int], Tensor] = {}
+        self._kept: dict[str, dict[str, Tensor]] = {}
 
     def _parts(self) -> list[Share]:
         return self.compressor.parts(self.shapes) if self.allocation is None else self.allocation.parts()
@@ -138,7 +146,8 @@ class Channel:
         if self.linked or not sync.peers.is_mean(n):
             return "neighbors"
         dense = self.lane.numel * self.lane.message_dtype.itemsize
-        return choose(sync.transport, sync.codec, sync.combine, n, dense, busiest(self.two_phase, self.message_bytes))
+        sent = busiest(self.two_phase, self.message_bytes + self.seal)
+        return choose(sync.transport, sync.codec, sync.combine, n, dense, sent)
 
     @property
     def sums(self) -> bool:
@@ -185,7 +194,7 @@ class Channel:
             mixed = yield from self._exchanged(None, seed, round_, message, self.take(wire.buffers))
             yield from self.replan(survey)
             return mixed
-        value = message if self.memory is None else self.memory.load_packed(message, self.memory_state, self.packing)
+        value = self.memory.load(message, self.memory_state) if self.memory is not None else message
         survey = self.survey([value], wire.round, exchange, seed)
         own: Tensor | None = None
         if self.sums:
@@ -197,9 +206,9 @@ class Channel:
             if self.memory is not None or wire.need_own:
                 wire.own = own = self.two_phase.decode(payloads, seed, torch.empty_like(value))
                 if self.memory is not None:
-                    self.memory.sent_packed(own, self.memory_state, self.packing)
+                    self.memory.sent(own, self.memory_state)
             out = self.take(wire.buffers)
-            mixed = yield from self.two_phase.talk(payloads, seed, self.sync.combine, self.swap, out)
+            mixed = yield from self.two_phase.talk(payloads, seed, self.sync.combine, self._swap_chunks, out)
         else:
             payload = self._pack(value, seed)
             own = self._noted(payload, value, seed, wire)
@@ -225,7 +234,7 @@ class Channel:
         wire.own = own = torch.zeros_like(value)
         self._unpack_add(payload, seed, own, 1.0)
         if self.memory is not None:
-            self.memory.sent_packed(own, self.memory_state, self.packing)
+            self.memory.sent(own, self.memory_state)
         return own
 
     def _moved(self) -> tuple[Tensor, float] | None:
@@ -240,6 +249,7 @@ class Channel:
         if self.world.size == 1:
             return message
         total = yield self.world.all_reduce(message, self.label)
+        self._check_sum(total)
         return total.mul_(1.0 / len(self.world.present))
 
     def _summed(self, value: Tensor, seed: int, wire: _RoundWire) -> Talk[tuple[Tensor, Tensor]]:
@@ -254,11 +264,12 @@ class Channel:
             while True:
                 if self.world.size > 1:
                     part = yield self.world.all_reduce(part, self.label)
+                    self._check_sum(part)
                 part = rounds.send(part)
         except StopIteration as stop:
             own, mean = stop.value
         if self.memory is not None and moved is None:
-            self.memory.sent_packed(own, self.memory_state, self.packing)
+            self.memory.sent(own, self.memory_state)
         return own, mean
 
     def _exchanged(self, payload: Tensor | None, seed: int, round_: int, message: Tensor, out: Tensor) -> Talk[Tensor]:
@@ -267,8 +278,11 @@ class Channel:
             assert payload is not None
             got: dict[int, Tensor] = {0: payload}
         elif payload is not None and self.transport == "all_gather":
-            rows = yield world.all_gather(payload, self.label)
-            got = dict(enumerate(rows))
+            step = world.step
+            whole = sealed(payload, self._stamp(step, world.rank)) if self.checksum else payload
+            rows = yield world.all_gather(whole, self.label)
+            got = self._opened(dict(enumerate(rows)), step)
+            self._check(got, dict.fromkeys(got, self.packing), step)
         else:
             heard = self._open(peers.neighbors(world.size, world.rank, round_))
             receive = dict.fromkeys(heard, self.message_bytes)
@@ -277,6 +291,8 @@ class Channel:
             else:
                 send = dict.fromkeys(self._open(peers.receivers(world.size, world.rank, round_)), payload)
                 got = yield from self.swap(send, receive)
+            self._check(got, dict.fromkeys(got, self.packing), world.step)
+            if payload is not None:
                 got[world.rank] = payload
         weights = peers.row(world.size, world.rank, round_)
         if self.linked:
@@ -297,13 +313,107 @@ class Channel:
 
     def swap(self, send: Mapping[int, Tensor], receive: Mapping[int, int]) -> Talk[dict[int, Tensor]]:
         """Exchange bytes with neighbours, into buffers that the next exchange uses again."""
-        boxes = {}
-        for k, (j, length) in enumerate(sorted(receive.items())):
+        step, boxes = self.world.step, {}
+        if self.checksum:
+            ends = {id(t): sealed(t, self._stamp(step, self.world.rank)) for t in send.values()}
+            send = {j: ends[id(t)] for j, t in send.items()}
+        for k, (j, nbytes) in enumerate(sorted(receive.items())):
+            length = nbytes + self.seal
             if (k, length) not in self._boxes:
                 self._boxes[k, length] = torch.empty(length, dtype=torch.uint8, device=self.lane.live.device)
             boxes[j] = self._boxes[k, length]
-        got: Mapping[int, Tensor] = yield self.world.exchange(send, receive, self.label, boxes)
-        return dict(got)
+        lengths = {j: box.numel() for j, box in boxes.items()}
+        got: Mapping[int, Tensor] = yield self.world.exchange(send, lengths, self.label, boxes)
+        return self._opened(dict(got), step)
+
+    # -------------------------------------------------------------- what came, and whether to believe it
+
+    def _stamp(self, step: int, sender: int) -> int:
+        """What goes into a checksum beside the message: of which channel, step and rank it is."""
+        return key(self.seed, step, sender)
+
+    def _opened(self, got: dict[int, Tensor], step: int) -> dict[int, Tensor]:
+        """Messages by sender without their checksums.
+
+        Raises:
+            SyncError: one of them is not what its sender wrote.
+        """
+        if not self.checksum:
+            return got
+        whole = {j: is_whole(message, self._stamp(step, j)) for j, message in got.items()}
+        damaged = [j for j, yes in whole.items() if not bool(yes)]
+        if damaged:
+            raise self._refused(damaged, step, "arrived damaged (checksum)")
+        return {j: message[:-SEAL] for j, message in got.items()}
+
+    def _check(self, got: Mapping[int, Tensor], packings: Mapping[int, Packing | None], step: int) -> None:
+        """Look at what can be seen of messages without a checksum; ``None``: they are packed in no way.
+
+        Raises:
+            SyncError: one of them cannot be what its sender wrote, or holds a number that is not finite.
+        """
+        if isinstance(self.compressor, Identity):
+            return
+        for j, message in got.items():
+            try:
+                packing = packings[j]
+                if packing is not None:
+                    packing.check(message)
+            except ValueError as error:
+                raise self._refused([j], step, f"cannot be used ({error})") from error
+
+    def _check_sum(self, total: Tensor) -> None:
+        """Messages that are summed on the way have no checksum; a sum that is finite is what can be asked for.
+
+        Raises:
+            SyncError: it is not.
+        """
+        if self.checksum and not is_finite(total):
+            raise SyncError(
+                f"rank {self.world.rank}, step {self.world.step}, sync '{self.label}': the sum over all ranks is not finite; "
+                "nothing of it was applied"
+            )
+
+    def _refused(self, senders: Sequence[int], step: int, why: str) -> SyncError:
+        where = f"rank {self.world.rank}, step {step}, sync '{self.label}'"
+        ranks = ", ".join(map(str, senders))
+        return SyncError(f"{where}: the message of rank(s) {ranks} {why}; nothing of it was applied")
+
+    def keep(self) -> None:
+        """Remember what the codec, its memory and the combine hold, for :meth:`undo`."""
+        for kind, state in self._states().items():
+            kept = self._kept.setdefault(kind, {})
+            for name in kept.keys() - state.keys():
+                del kept[name]
+            for name, tensor in state.items():
+                if name in kept and kept[name].shape == tensor.shape:
+                    kept[name].copy_(tensor)
+                else:
+                    kept[name] = tensor.clone()
+
+    def undo(self) -> None:
+        """Put back what :meth:`keep` saw, every bit of it; without that, nothing."""
+        for kind, kept in self._kept.items():
+            state = self._states()[kind]
+            for name in state.keys() - kept.keys():
+                del state[name]
+            for name, tensor in kept.items():
+                if state[name].shape == tensor.shape:
+                    state[name].copy_(tensor)
+                else:
+                    state[name] = tensor.clone()
+
+    def _states(self) -> dict[str, dict[str, Tensor]]:
+        kinds = {"memory": self.memory_state, "codec": self.codec_state, "combine": self.combine_state}
+        return kinds | ({"relay": self.two_phase.state} if self.transport == "two_phase" else {})
+
+    def _swap_chunks(
+        self, send: Mapping[int, Tensor], receive: Mapping[int, int], packings: Mapping[int, Packing | None]
+    ) -> Talk[dict[int, Tensor]]:
+        step = self.world.step
+        got = yield from self.swap(send, receive)
+        self._check(got, packings, step)
+        return got
 
     def _mixed_by_edge(self, message: Tensor, seed: int, round_: int, exchange: int) -> Talk[Tensor]:
         """:class:`Difference` over a changing graph: a public copy for every neighbour, brought up to date when they meet.
@@ -323,6 +433,7 @@ class Channel:
             send[k] = self._pack(message - mine, seed)
             self._unpack_add(send[k], seed, mine, 1.0)
         got = yield from self.swap(send, dict.fromkeys(heard, self.message_bytes))
+        self._check(got, dict.fromkeys(got, self.packing), world.step)
         weights, gamma = peers.row(n, rank, round_), memory.gamma
         if self.linked:
             world.ledger.skip(self.label, len(weights.keys() - {rank}) - len(heard))
@@ -381,11 +492,9 @@ class Channel:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of the codec, its memory and the combine, for a checkpoint."""
-        kinds = {"memory": self.memory_state, "codec": self.codec_state, "combine": self.combine_state}
+        kinds = self._states()
         if self.allocation is not None:
             kinds["budget"] = {"choice": self.allocation.tensor()}
-        if self.transport == "two_phase":
-            kinds["relay"] = self.two_phase.state
         return {f"{kind}.{k}": t for kind, state in kinds.items() for k, t in state.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -410,6 +519,11 @@ class Channel:
             else:
                 states = {"memory": self.memory_state, "combine": self.combine_state, "relay": self.two_phase.state}
                 states[kind][k].copy_(saved)
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all elements are finite numbers. One pass: a sum is not finite if an element is not; if it is too large, another."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
 class _RoundWire:

@@ -215,12 +215,17 @@ class _AllRanks(World):
         return values[:1] if len(self.workers) == 1 else (values if len(values) == self.size else values * self.size)
 
     def _start(
-        self, label: str, sent: list[int], seconds: list[float], sources: list[list[int]] | None = None
+        self,
+        label: str,
+        sent: list[int],
+        seconds: list[float],
+        sources: list[list[int]] | None = None,
+        overhead: bool = False,
     ) -> _Arrival:
         loads = self._spread(list(zip(sent, seconds, strict=True)))
         began = []
         for worker, (nbytes, span) in zip(self.workers, loads, strict=True):
-            worker.ledger.sent(label, nbytes)
+            worker.ledger.sent(label, 0 if overhead else nbytes, nbytes if overhead else 0)
             began.append(worker.clock.post(span) - span)
         alone = len(self.workers) == 1
         return _Arrival(self, label, began, [span for _, span in loads], None if alone else sources)
@@ -228,7 +233,8 @@ class _AllRanks(World):
     def all_reduce(self, tensor: Tensor, label: str, *, overhead: bool = False) -> Pending:
         """See :meth:`World.all_reduce`."""
         nbytes = tensor.nbytes
-        return self._start(label, [all_reduce_bytes(nbytes, self.size)], [self.link.all_reduce(nbytes, self.size)])
+        sent, seconds = [all_reduce_bytes(nbytes, self.size)], [self.link.all_reduce(nbytes, self.size)]
+        return self._start(label, sent, seconds, overhead=overhead)
 
     def all_gather(self, payload: Tensor, label: str) -> Pending:
         """See :meth:`World.all_gather`."""
@@ -305,7 +311,7 @@ class _SizedLane(LaneRunner):
         channel = self.channel.at(round_)
         if id(channel) not in self._loads:
             sums = _summands(channel) if channel.sums and self.world.size > 1 else []
-            payload = torch.empty(channel.message_bytes, dtype=torch.uint8, device=_META)
+            payload = torch.empty(channel.message_bytes + channel.seal, dtype=torch.uint8, device=_META)
             self._loads[id(channel)] = sums, payload
         return self._loads[id(channel)]
 
@@ -379,8 +385,8 @@ class _SizedLane(LaneRunner):
         if channel.transport == "neighbors":
             peers = self.sync.peers
             heard = max(len(peers.receivers(n, j, k)) for j in range(n) for k in range(peers.period(n) or 1))
-            return {"neighbors": heard * (channel.message_bytes + self._beside())}
-        found = busiest(channel.two_phase, channel.message_bytes)
+            return {"neighbors": heard * (channel.message_bytes + channel.seal + self._beside())}
+        found = busiest(channel.two_phase, channel.message_bytes + channel.seal)
         if not may_relay(self.sync.codec):
             del found["two_phase"]
         if sums(self.sync.codec, self.sync.combine):
@@ -448,6 +454,10 @@ class _SizedEngine(Engine):
         runner.lanes = [_SizedLane(sync, lane.lane, lane.channel, lane.corrections) for lane in runner.lanes]
         return runner
 
+    def _refused(self, group: int, flags: Tensor) -> bool:
+        """All gradients are taken to be finite."""
+        return False
+
     def _measure(self, step: int) -> Talk[None]:
         """Nothing is known of distances: every schedule that measures is taken to find replicas apart."""
         for runner in self.runners:
@@ -485,6 +495,13 @@ class _SizedEngine(Engine):
             assert isinstance(lane, _SizedLane)
             for purpose, nbytes in lane.memory().items():
                 used[purpose] = used.get(purpose, 0) + nbytes
+        early = [g.runner for g in self.gradients[0]] if self._guarded and not self._bound else []
+        used["kept for undo"] = sum(
+            sum(_size(state) for state in lane.channel._states().values())
+            for runner in self._all_runners()
+            for lane in runner.lanes
+            if lane.channel.checksum or runner in early
+        )
         return {purpose: nbytes for purpose, nbytes in used.items() if nbytes}
 
 

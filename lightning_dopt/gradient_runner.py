@@ -24,9 +24,15 @@ class GradientRunner:
         runner: The sync; one lane per bucket.
         copies: The gradients of each bucket, in the order of the lanes.
         parameters: All parameters by name, in the order of the module.
+        guarded: Whether a bucket that is not finite is sent as zeros and noted, if it leaves before all gradients are known.
     """
 
-    def __init__(self, runner: SyncRunner, copies: list[FlatGradients], parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, runner: SyncRunner, copies: list[FlatGradients], parameters: Mapping[str, Tensor], guarded: bool = False
+    ) -> None:
+        self.guarded = guarded
+        self.nonfinite = torch.zeros((), dtype=torch.bool)
+        """Whether a bucket of this step was not finite."""
         self.runner, self.copies = runner, copies
         place = {name: k for k, name in enumerate(parameters)}
         first = [min(place[f.name] for f in copy.lane.fields) for copy in copies]
@@ -41,6 +47,11 @@ class GradientRunner:
         """The coming step: this optimizer's own, counted by the rounds sent."""
         return self.runner.rounds + 1
 
+    @property
+    def watching(self) -> bool:
+        """Whether buckets leave by themselves, so that none can wait for what others look like."""
+        return self._missing is not None
+
     def watch(self) -> None:
         """Before a backward whose gradients are to be sent: send each bucket as soon as it is complete."""
         if not self._handles:
@@ -49,6 +60,7 @@ class GradientRunner:
                     self._handles.append(self._hook(k, field.name))
         self._missing = [{f.name for f in copy.lane.fields} for copy in self.copies]
         self._sent = 0
+        self.nonfinite = torch.zeros((), dtype=torch.bool)
 
     def _hook(self, bucket: int, name: str) -> RemovableHandle:
         def arrived(_: Tensor) -> None:
@@ -73,23 +85,48 @@ class GradientRunner:
         self._sent += 1
         with torch.no_grad():
             self.copies[k].gather()
+            if self.guarded and self.watching:
+                self.nonfinite = _silence(self.copies[k].lane.live) | self.nonfinite.to(self.copies[k].lane.live.device)
+                self.runner.lanes[k].channel.keep()
             self.runner.lanes[k].send(self.step, self.runner.rounds)
 
-    def run(self) -> Talk[None]:
-        """After backward: send what has not left yet, then apply all and hand the gradients back."""
-        step = self.step
+    def send_rest(self) -> None:
+        """After backward: send what has not left yet."""
         if self._missing is None:
             self._sent = 0
         while self._sent < len(self.order):
             self._send_next()
         self._missing = None
+
+    def land(self) -> Talk[None]:
+        """Wait for all buckets."""
+        yield from self.runner.land()
+
+    def apply(self) -> Talk[None]:
+        """Apply all buckets and hand the gradients back."""
+        step = self.step
         self.runner.rounds += 1
         for k in self.order:
             yield from self.runner.lanes[k].apply(step)
             self.copies[k].scatter()
+
+    def abandon(self) -> None:
+        """Forget this round, once it has landed: memories are as before it."""
+        for lane in self.runner.lanes:
+            lane.abandon()
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _silence(flat: Tensor) -> Tensor:
+    """Whether the sum of a bucket is not finite; then the bucket becomes zeros. Where there is a device, without waiting for it."""
+    bad = flat.sum(dtype=torch.promote_types(flat.dtype, torch.float32)).isfinite().logical_not_()
+    if not bad.is_cpu:
+        flat.masked_fill_(bad, 0.0)
+    elif bool(bad):
+        flat.zero_()
+    return bad

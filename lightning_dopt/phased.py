@@ -15,10 +15,12 @@ from lightning_dopt.plan import Sync
 from lightning_dopt.slots import Lane
 
 
-def make_channel(sync: Sync, lane: Lane, world: World, seed: int, label: str, share: float = 1.0) -> Channel:
+def make_channel(
+    sync: Sync, lane: Lane, world: World, seed: int, label: str, share: float = 1.0, checksum: bool = False
+) -> Channel:
     """The channel for a sync: one per phase inside one if its compressor is :class:`Phases`."""
     phased = isinstance(as_compressor(sync.codec)[0], Phases)
-    return (PhasedChannel if phased else Channel)(sync, lane, world, seed, label, share)
+    return (PhasedChannel if phased else Channel)(sync, lane, world, seed, label, share, checksum)
 
 
 class PhasedChannel(Channel):
@@ -27,12 +29,16 @@ class PhasedChannel(Channel):
     A flight belongs to the channel that launched it, so what is under way at a border is decoded as it was packed.
     """
 
-    def __init__(self, sync: Sync, lane: Lane, world: World, seed: int, label: str, share: float = 1.0) -> None:
-        super().__init__(sync, lane, world, seed, label, share)
+    def __init__(
+        self, sync: Sync, lane: Lane, world: World, seed: int, label: str, share: float = 1.0, checksum: bool = False
+    ) -> None:
+        super().__init__(sync, lane, world, seed, label, share, checksum)
         phases, _ = as_compressor(sync.codec)
         assert isinstance(phases, Phases)
         self.phases = phases
-        self.channels = [Channel(_in_phase(sync, k, c), lane, world, seed, label) for k, c in enumerate(phases.codecs)]
+        self.channels = [
+            Channel(_with(sync, codec), lane, world, seed, label, checksum=checksum) for codec in phases.codecs
+        ]
         for channel in self.channels:
             channel.memory_state, channel.combine_state = self.memory_state, self.combine_state
             channel._free, channel._boxes = self._free, self._boxes
@@ -44,6 +50,16 @@ class PhasedChannel(Channel):
     def launch(self, message: Tensor, step: int, round_: int, need_own: bool = False) -> Flight:
         """See :meth:`Channel.launch`."""
         return self.at(round_).launch(message, step, round_, need_own)
+
+    def keep(self) -> None:
+        """See :meth:`Channel.keep`."""
+        for channel in self.channels:
+            channel.keep()
+
+    def undo(self) -> None:
+        """See :meth:`Channel.undo`."""
+        for channel in self.channels:
+            channel.undo()
 
     def tensors(self) -> dict[str, Tensor]:
         """See :meth:`Channel.tensors`."""
@@ -67,9 +83,9 @@ class PhasedChannel(Channel):
             state[key] = saved.to(self.lane.live.device, copy=True)
 
 
-def _in_phase(sync: Sync, k: int, codec: Compressor) -> Sync:
-    """The sync with the compressor of one phase in the place of its own."""
+def _with(sync: Sync, codec: Compressor) -> Sync:
+    """The sync with another compressor in the place of its own."""
     _, memory = as_compressor(sync.codec)
     phase = copy.copy(sync)
-    phase.codec = codec if memory is None else memory.in_phase(k, codec)
+    phase.codec = codec if memory is None else type(memory)(**{**memory.arguments(), "codec": codec})
     return phase

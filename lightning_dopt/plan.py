@@ -9,7 +9,7 @@ from typing import Literal, TypeVar, get_args
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dopt._checks import check_choice, check_int
+from lightning_dopt._checks import check_choice, check_flag, check_int
 from lightning_dopt._part import Part
 from lightning_dopt._random import key
 from lightning_dopt.apply import Apply, Blocking, Delay, OneRound
@@ -28,6 +28,7 @@ from lightning_dopt.transport import Transport, is_plain, may_relay, sums
 from lightning_dopt.what import What, what_of
 
 Signal = Literal["value", "delta"]
+OnNonfinite = Literal["auto", "raise", "skip", "ignore"]
 T = TypeVar("T")
 _MANY = 8  # workers, from which on copies of all others are worth a warning
 
@@ -101,15 +102,36 @@ class Plan(Part):
         syncs: The syncs; with none, replicas train on their own.
         corrections: Changes of the inner step that make biased methods exact, such as exact diffusion.
         seed: Seed of everything random in the plan (random codecs), shared by all ranks.
+        checksum: Whether messages that are gathered, or sent to neighbours or in two phases, end with eight bytes by which a
+            receiver knows that they are whole, of this rank and of this step. If one is not, a :class:`SyncError` names sync,
+            sender and step, and weights and memories are as before the message; the memories are kept twice for that. Sums
+            (all-reduce) cannot be checked like that; they must be finite.
+        on_nonfinite: What to do in a step in which the gradients of some rank are not finite. ``"raise"``: all ranks raise
+            the same ``FloatingPointError``, which names the ranks and the step, with parameters and memories as before the
+            step. ``"skip"``: all ranks skip the step, their optimizers see no gradients. ``"ignore"``: nobody looks.
+            ``"auto"`` raises where gradients are compressed and all ranks hear all, and ignores elsewhere, as
+            ``DDPStrategy`` does. Looking costs a pass over the gradients and an all-reduce of one number per rank in every
+            step, and a second copy of the memories where buckets leave during backward. In a plan without gradient syncs
+            every rank looks at its own, and raises or skips alone. With loss scaling all ranks skip, whatever this says.
 
     Raises:
-        ValueError: a bad seed, or syncs that contradict each other.
+        ValueError: an argument out of range, or syncs that contradict each other.
     """
 
-    def __init__(self, syncs: Sequence[Sync] = (), corrections: Sequence[Correction] = (), seed: int = 0) -> None:
+    def __init__(
+        self,
+        syncs: Sequence[Sync] = (),
+        corrections: Sequence[Correction] = (),
+        seed: int = 0,
+        checksum: bool = False,
+        on_nonfinite: OnNonfinite = "auto",
+    ) -> None:
         self.syncs = [_typed("syncs", s, Sync, "Plan") for s in syncs]
         self.corrections = [_typed("corrections", c, Correction, "Plan") for c in corrections]
         self.seed = check_int("Plan", "seed", seed, 0)
+        self.checksum = check_flag("Plan", "checksum", checksum)
+        check_choice("Plan", "on_nonfinite", on_nonfinite, get_args(OnNonfinite))
+        self.on_nonfinite: OnNonfinite = on_nonfinite
         for correction in self.corrections:
             correction.check(self)
         for sync in self.syncs:
@@ -121,6 +143,17 @@ class Plan(Part):
                 )
             if sync.what.slot in ("tracker", "reference") and not self._tracks(sync):
                 raise ValueError(f"Sync(what={sync.what.slot!r}): no correction of the plan sends a {sync.what.slot}")
+
+    def guarded(self, checksum: bool = True, on_nonfinite: OnNonfinite = "raise") -> Plan:
+        """The same method with other guards, for plans that a function has made: ``plans.beer(...).guarded()``."""
+        return Plan(self.syncs, self.corrections, self.seed, checksum, on_nonfinite)
+
+    def nonfinite(self, n: int) -> Literal["raise", "skip", "ignore"]:
+        """What ``on_nonfinite`` means with ``n`` workers."""
+        if self.on_nonfinite != "auto":
+            return self.on_nonfinite
+        lossy = any(s.what.slot == "gradients" and s.peers.is_mean(n) and not is_exact(s.codec) for s in self.syncs)
+        return "raise" if lossy else "ignore"
 
     def _tracks(self, sync: Sync) -> bool:
         """Whether a correction puts something else on this sync's wire: a tracked quantity that lives on."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dopt.apply import Blocking, OneRound
-from lightning_dopt.comm.world import Talk
+from lightning_dopt.comm.world import SyncError, Talk
 from lightning_dopt.compress import Identity
 from lightning_dopt.compress.memory import Memory
 from lightning_dopt.exchange import Channel, Flight
@@ -69,6 +69,8 @@ class LaneRunner:
         """Whether the live buffer itself may travel: it is at rest, and nobody needs its old value."""
         sync, same_dtype = self.sync, self.lane.live.dtype == self.lane.message_dtype
         plain = isinstance(sync.codec, Identity) and sync.combine.in_place and self._at_rest
+        if self.channel.checksum and self.channel.sums:  # a sum that is refused must not have replaced it
+            return False
         return sync.signal == "value" and same_dtype and plain and self.anchor is None and not self.corrections
 
     def send(self, step: int, round_: int) -> None:
@@ -100,6 +102,8 @@ class LaneRunner:
         if self.lr is not None:
             for field, view in zip(self.lane.fields, self.lane.views(message), strict=True):
                 view.mul_(self.lr(field.name))
+        if channel.checksum:
+            channel.keep()
         need_own = isinstance(self.sync.apply, OneRound) and self.sync.apply.inflight != 0.0
         need_own = need_own or any(correction.needs_own for correction in self.corrections)
         flight = channel.launch(message, step, round_, need_own)
@@ -204,6 +208,21 @@ class LaneRunner:
         for flight in self.flights:
             yield from flight.finish()
 
+    def abandon(self) -> None:
+        """Drop what has landed and is not applied; the codec's memory is as before it was sent."""
+        if not self.flights:
+            return
+        for flight in self.flights:
+            self.channel.give_back(flight)
+        self.flights = []
+        self.channel.undo()
+
+    @property
+    def coming(self) -> list[Flight]:
+        """The flights that the next :meth:`apply` waits for."""
+        late = isinstance(self.sync.apply, OneRound)
+        return self.flights[:1] if not late or len(self.flights) == 2 else []
+
     def renew(self) -> None:
         """Begin anew from what the lane holds now: anchor, outer optimizer, memories."""
         self.channel.renew()
@@ -252,6 +271,7 @@ class SyncRunner:
 
     def apply(self, step: int) -> Talk[None]:
         """Apply the oldest round on every lane."""
+        yield from self._arrive(self.lanes)
         for lane in self.lanes:
             yield from lane.apply(step)
         for packed in self.packed:
@@ -266,14 +286,37 @@ class SyncRunner:
 
     def apply_due(self, step: int) -> Talk[None]:
         """Apply what is due."""
+        due = [lane for lane in self.lanes if lane.due(step)]
+        yield from self._arrive(due)
+        for lane in due:
+            yield from lane.apply(step)
+
+    def _arrive(self, lanes: list[LaneRunner]) -> Talk[None]:
+        """With checksums: no lane is touched before the messages of all are known to be whole.
+
+        Raises:
+            SyncError: one is not; memories are as before it was sent.
+        """
+        try:
+            for flight in [f for lane in lanes if lane.channel.checksum for f in lane.coming]:
+                yield from flight.finish()
+        except SyncError:
+            self._undo()
+            raise
+
+    def _undo(self) -> None:
         for lane in self.lanes:
-            if lane.due(step):
-                yield from lane.apply(step)
+            if lane.channel.checksum and lane.flights:
+                lane.channel.undo()
 
     def land(self) -> Talk[None]:
         """Wait for everything in flight, without applying it."""
-        for lane in self.lanes:
-            yield from lane.land()
+        try:
+            for lane in self.lanes:
+                yield from lane.land()
+        except SyncError:
+            self._undo()
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """State of all lanes."""

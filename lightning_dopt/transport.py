@@ -22,7 +22,7 @@ from lightning_dopt.compress.packing import Packing
 
 Transport = Literal["auto", "all_reduce", "all_gather", "two_phase"]
 Way = Literal["all_reduce", "all_gather", "two_phase", "neighbors"]
-Swap = Callable[[Mapping[int, Tensor], Mapping[int, int]], Talk[dict[int, Tensor]]]
+Swap = Callable[[Mapping[int, Tensor], Mapping[int, int], Mapping[int, Packing | None]], Talk[dict[int, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,21 @@ class TwoPhase:
         like: A vector of the message's length, for the type and device of the state.
         size: Number of ranks.
         rank: This rank.
+        seal: Bytes that a checksum adds to each message.
     """
 
     def __init__(
-        self, codec: Codec, parts: Sequence[Share], shapes: Sequence[Shape], like: Tensor, size: int, rank: int
+        self,
+        codec: Codec,
+        parts: Sequence[Share],
+        shapes: Sequence[Shape],
+        like: Tensor,
+        size: int,
+        rank: int,
+        seal: int = 0,
     ) -> None:
         compressor, memory = as_compressor(codec)
-        self.size, self.rank = size, rank
+        self.size, self.rank, self.seal = size, rank, seal
         self.chunks = _chunks(compressor, memory, parts, shapes, like.dtype.itemsize, size)
         self.mine = self.chunks[rank]
         self.relay = memory.relay() if memory is not None else None
@@ -106,10 +114,19 @@ class TwoPhase:
         hears = others if self.mine.nbytes else []
         got = {self.rank: payloads[self.rank]}
         if self.size > 1:
-            got |= yield from swap({j: payloads[j] for j in filled}, dict.fromkeys(hears, self.mine.nbytes))
+            mine = self.mine
+            got |= yield from swap(
+                {j: payloads[j] for j in filled},
+                dict.fromkeys(hears, mine.nbytes),
+                dict.fromkeys(hears, mine.packing),
+            )
         means = {self.rank: self._mean(got, seed, combine, out[self.mine.first : self.mine.last])}
         if self.size > 1:
-            means |= yield from swap(dict.fromkeys(hears, means[self.rank]), {j: self.chunks[j].nbytes for j in filled})
+            means |= yield from swap(
+                dict.fromkeys(hears, means[self.rank]),
+                {j: self.chunks[j].nbytes for j in filled},
+                {j: self.chunks[j].packing for j in filled},
+            )
         empty = means[self.rank][:0]
         return self.decode([means.get(j, empty) for j in range(self.size)], seed, out, leg=1)
 
@@ -133,7 +150,7 @@ class TwoPhase:
 
     def sent_bytes(self, rank: int) -> tuple[int, int]:
         """Bytes that a rank sends in the first and in the second leg."""
-        sizes = [chunk.nbytes for chunk in self.chunks]
+        sizes = [chunk.nbytes + self.seal if chunk.nbytes else 0 for chunk in self.chunks]
         return sum(sizes) - sizes[rank], (self.size - 1) * sizes[rank]
 
 

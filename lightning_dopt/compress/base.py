@@ -93,6 +93,14 @@ class Compressor(Codec):
         """
         return None
 
+    def floats_at(self, shape: Shape) -> tuple[int, int] | None:
+        """Where the message holds float32 numbers few enough to be looked at on arrival: first byte and count.
+
+        Scales of blocks, or the values of few elements. One that is not finite shows that the message is damaged, or that
+        what was sent was not finite.
+        """
+        return self.values_at(shape)
+
     def parts(self, shapes: Sequence[Shape]) -> list[Share]:
         """Which compressor sees which tensors of a message: pairs of a compressor and the numbers of its tensors.
 

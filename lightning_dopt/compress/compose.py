@@ -92,6 +92,12 @@ class Compose(Compressor):
         inner = self.second.values_at((count,))
         return inner and (self.first.payload_bytes(shape) - 4 * count + inner[0], inner[1])
 
+    def floats_at(self, shape: Shape) -> tuple[int, int] | None:
+        """The scales or values of the second, where it has any."""
+        _, count = self._values(shape)
+        inner = self.second.floats_at((count,))
+        return inner and (self.first.payload_bytes(shape) - 4 * count + inner[0], inner[1])
+
     def _values(self, shape: Shape) -> tuple[int, int]:
         place = self.first.values_at(shape)
         assert place is not None

@@ -64,6 +64,10 @@ class FedZip(FlatCompressor):
         """Values, low and high parts of the positions, and numbers; none for an empty tensor."""
         return sum(self._sections(shape))
 
+    def floats_at(self, shape: Shape) -> tuple[int, int]:
+        """The values of the clusters."""
+        return 0, self.clusters if numel(shape) else 0
+
     def contraction(self, shape: Shape) -> float:
         """``1 / d``: of ``k / d`` of the energy at least ``1 / k`` survives the clusters. On real gradients far more."""
         return 1.0 / max(1, numel(shape))

@@ -71,6 +71,10 @@ class FP8(FlatCompressor):
         """``d + 4 ceil(d / block)``, or ``d + ceil(d / block)`` with powers of two."""
         return numel(shape) + self._scale_bytes * block_count(shape, self.block)
 
+    def floats_at(self, shape: Shape) -> tuple[int, int] | None:
+        """The scales, one per block, unless they are powers of two in a byte."""
+        return (0, block_count(shape, self.block)) if self.scale == "amax" else None
+
     def contraction(self, shape: Shape) -> float:
         """``(1 - r^2) t^2 / (t^2 + E)`` as above: 0.9965 for ``e4m3`` and 0.9877 for ``e5m2`` at any usual block."""
         relative, half, top = (1 / 17, 2.0**-10, 448.0) if self.format == "e4m3" else (1 / 9, 2.0**-17, 57344.0)
@@ -251,6 +255,10 @@ class E3M0(_Powers):
         if omega is None:
             return min(8 / 9, 2.0**14 / (2.0**14 + self._others(shape)))
         return 1.0 - omega if omega < 1.0 else None
+
+    def floats_at(self, shape: Shape) -> tuple[int, int]:
+        """The scales, one per block."""
+        return 0, block_count(shape, self.block)
 
     def variance(self, shape: Shape) -> float | None:
         """Stochastic ``omega`` as above (0 where every block is one element); to nearest is biased."""

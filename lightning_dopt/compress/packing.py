@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dopt._random import key
+from lightning_dopt.compress._wire import section
 from lightning_dopt.compress.base import Compressor, Room, Rounds, Shape, Share, numel, together
 
 Scale = Callable[[Shape, Compressor], float]
@@ -100,6 +101,26 @@ class Packing:
             piece.codec.decode_add(part, target, factor, _seed(piece, seed))
             if len(piece.stretches) != 1:  # it was a copy
                 piece.give(target, out)
+
+    def check(self, payload: Tensor) -> None:
+        """Look at what can be seen of a message before it is decoded: its length, and its scales or few values.
+
+        Raises:
+            ValueError: it is too short or too long, or holds a number that is not finite.
+        """
+        if payload.numel() != self.nbytes:
+            raise ValueError(f"a message of {payload.numel()} bytes where {self.nbytes} are due; damaged")
+        start = 0
+        for piece in self.pieces:
+            place = piece.codec.floats_at(piece.shape)
+            if place is not None and place[1]:
+                numbers = section(payload, start + place[0], place[1], torch.float32)
+                if not bool(numbers.isfinite().all()):
+                    raise ValueError(
+                        f"{piece.codec!r}: a message with a scale or value that is not finite; damaged, or its sender's values "
+                        "were not finite"
+                    )
+            start += piece.nbytes
 
     def roundtrip(self, value: Tensor, seed: int, own_seed: int) -> Tensor:
         """What receivers make of ``value``, scaled."""

@@ -53,6 +53,10 @@ class Blockwise(FlatCompressor):
         """Stochastic rounding errors must be independent on the ranks, else they do not average out."""
         return self.stochastic
 
+    def floats_at(self, shape: Shape) -> tuple[int, int]:
+        """The steps, one per block."""
+        return 0, block_count(shape, self.block)
+
     def _others(self, shape: Shape) -> int:
         return max(0, min(self.block, numel(shape)) - 1)
 

@@ -46,6 +46,10 @@ class RandomShift(FlatCompressor):
         """``4 ceil(d / block)`` and ``d`` or ``ceil(d / 2)``."""
         return 4 * block_count(shape, self.block) + (numel(shape) * self.bits + 7) // 8
 
+    def floats_at(self, shape: Shape) -> tuple[int, int]:
+        """The steps, one per block."""
+        return 0, block_count(shape, self.block)
+
     def variance(self, shape: Shape) -> float:
         """``b / (12 (L - 1/2)^2)`` with ``b = min(block, d)``."""
         return min(self.block, numel(shape)) / (12.0 * self._top**2)

@@ -39,6 +39,10 @@ class Sign(FlatCompressor):
         """``4 ceil(d / block) + ceil(d / 8)``."""
         return 4 * block_count(shape, self.block) + (numel(shape) + 7) // 8
 
+    def floats_at(self, shape: Shape) -> tuple[int, int]:
+        """The scales, one per block."""
+        return 0, block_count(shape, self.block)
+
     def contraction(self, shape: Shape) -> float:
         """``1 / min(block, d)``, attained by a vector with one nonzero element per block (``sum|x| >= ||x||``)."""
         return 1.0 / max(1, min(self.block, numel(shape)))
