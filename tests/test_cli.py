@@ -155,8 +155,8 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("", "dopt: a command is needed: one of fit, validate, test, predict, list, describe, simulate, topology"),
         ("fitt", "dopt: unknown command 'fitt': one of fit, "),
-        ("describe", "dopt describe: name one of compressed_ddp, diloco, "),
-        ("describe dilco", "dopt describe: unknown method 'dilco': must be one of compressed_ddp, diloco, "),
+        ("describe", "dopt describe: name one of compressed_ddp, l_greco, diloco, "),
+        ("describe dilco", "dopt describe: unknown method 'dilco': must be one of compressed_ddp, l_greco, diloco, "),
         ("describe diloco --sync_evry 3", "unrecognized arguments: --sync_evry 3"),
         ("describe diloco --sync_every 0", "diloco(sync_every=0): must be an integer of at least 1"),
         ("describe diloco --sync_every x", "plan.sync_every: Expected a <class 'int'>. Got value: x"),
