@@ -194,7 +194,7 @@ class Channel:
             mixed = yield from self._exchanged(None, seed, round_, message, self.take(wire.buffers))
             yield from self.replan(survey)
             return mixed
-        value = self.memory.load(message, self.memory_state) if self.memory is not None else message
+        value = message if self.memory is None else self.memory.load_packed(message, self.memory_state, self.packing)
         survey = self.survey([value], wire.round, exchange, seed)
         own: Tensor | None = None
         if self.sums:
@@ -206,7 +206,7 @@ class Channel:
             if self.memory is not None or wire.need_own:
                 wire.own = own = self.two_phase.decode(payloads, seed, torch.empty_like(value))
                 if self.memory is not None:
-                    self.memory.sent(own, self.memory_state)
+                    self.memory.sent_packed(own, self.memory_state, self.packing)
             out = self.take(wire.buffers)
             mixed = yield from self.two_phase.talk(payloads, seed, self.sync.combine, self._swap_chunks, out)
         else:
@@ -234,7 +234,7 @@ class Channel:
         wire.own = own = torch.zeros_like(value)
         self._unpack_add(payload, seed, own, 1.0)
         if self.memory is not None:
-            self.memory.sent(own, self.memory_state)
+            self.memory.sent_packed(own, self.memory_state, self.packing)
         return own
 
     def _moved(self) -> tuple[Tensor, float] | None:
@@ -269,7 +269,7 @@ class Channel:
         except StopIteration as stop:
             own, mean = stop.value
         if self.memory is not None and moved is None:
-            self.memory.sent(own, self.memory_state)
+            self.memory.sent_packed(own, self.memory_state, self.packing)
         return own, mean
 
     def _exchanged(self, payload: Tensor | None, seed: int, round_: int, message: Tensor, out: Tensor) -> Talk[Tensor]:

@@ -37,7 +37,8 @@ class PhasedChannel(Channel):
         assert isinstance(phases, Phases)
         self.phases = phases
         self.channels = [
-            Channel(_with(sync, codec), lane, world, seed, label, checksum=checksum) for codec in phases.codecs
+            Channel(_in_phase(sync, k, c), lane, world, seed, label, checksum=checksum)
+            for k, c in enumerate(phases.codecs)
         ]
         for channel in self.channels:
             channel.memory_state, channel.combine_state = self.memory_state, self.combine_state
@@ -83,9 +84,9 @@ class PhasedChannel(Channel):
             state[key] = saved.to(self.lane.live.device, copy=True)
 
 
-def _with(sync: Sync, codec: Compressor) -> Sync:
-    """The sync with another compressor in the place of its own."""
+def _in_phase(sync: Sync, k: int, codec: Compressor) -> Sync:
+    """The sync with the compressor of one phase in the place of its own."""
     _, memory = as_compressor(sync.codec)
     phase = copy.copy(sync)
-    phase.codec = codec if memory is None else type(memory)(**{**memory.arguments(), "codec": codec})
+    phase.codec = codec if memory is None else memory.in_phase(k, codec)
     return phase

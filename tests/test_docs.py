@@ -171,10 +171,10 @@ DIGRAPH = [[1, 2], [2], [3], [4, 5], [5, 0], [6], [7], [0]]
 top = compress.TopK(0.25)
 COARSE: dict[str, dict[str, Any]] = {
     "powersgd": {},
-    "dgc": {"ratio": 0.25, "momentum": 0.5, "warmup": ()},
+    "dgc": {"ratio": 0.25, "momentum": 0.5, "warmup": (), "dense_below": None},
     "gmf": {"ratio": 0.25, "momentum": 0.5},
     "terngrad": {},
-    "qsgd": {},
+    "qsgd": {"dense_below": None},
     "sign_sgd": {},
     "ef21": {"codec": top},
     "econtrol": {"codec": top},

@@ -54,7 +54,8 @@ class TimmClassifier(LightningModule):
         in_chans: channels of the images: 1 for digits and (Fashion-)MNIST, 3 for CIFAR-10.
         lr: learning rate, constant.
         weight_decay: decay of the matrices and kernels; vectors (norms, biases) have none.
-        optimizer: ``adamw``, or ``sgd`` with momentum 0.9.
+        optimizer: ``adamw``, or ``sgd``.
+        momentum: of ``sgd``; 0 where the plan has momentum of its own. ``adamw`` ignores it.
         pretrained: start from timm's weights, which timm downloads.
         model_args: further arguments of the timm model, such as ``{"drop_path_rate": 0.1}``.
 
@@ -71,6 +72,7 @@ class TimmClassifier(LightningModule):
         lr: float = 2e-3,
         weight_decay: float = 0.05,
         optimizer: Literal["adamw", "sgd"] = "adamw",
+        momentum: float = 0.9,
         pretrained: bool = False,
         model_args: dict[str, Option] | None = None,
     ) -> None:
@@ -80,8 +82,9 @@ class TimmClassifier(LightningModule):
         check_float("TimmClassifier", "lr", lr, 0.0, open_low=True)
         check_float("TimmClassifier", "weight_decay", weight_decay, 0.0)
         check_choice("TimmClassifier", "optimizer", optimizer, ("adamw", "sgd"))
+        check_float("TimmClassifier", "momentum", momentum, 0.0, 1.0, open_high=True)
         self.save_hyperparameters()
-        self.lr, self.weight_decay, self.optimizer = lr, weight_decay, optimizer
+        self.lr, self.weight_decay, self.optimizer, self.momentum = lr, weight_decay, optimizer, momentum
         self.model = build(model_name, num_classes, in_chans, pretrained, model_args or {})
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
@@ -112,5 +115,5 @@ class TimmClassifier(LightningModule):
             {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
         ]
         if self.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=self.lr, momentum=0.9)
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
         return torch.optim.AdamW(groups, lr=self.lr)

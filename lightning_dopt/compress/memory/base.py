@@ -8,11 +8,15 @@ exchange gives. Memories are plain data; their tensors are owned by the engine, 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_dopt.compress.base import Codec, Compressor, Shape
+
+if TYPE_CHECKING:
+    from lightning_dopt.compress.packing import Packing
 
 
 class Memory(Codec):
@@ -93,6 +97,18 @@ class Memory(Codec):
         assert self.moved is not None, "a memory without `moved` needs a `sent` of its own"
         name, factor = self.moved
         state[name].add_(own, alpha=factor)
+
+    def load_packed(self, signal: Tensor, state: dict[str, Tensor], packing: Packing) -> Tensor:
+        """:meth:`load`, for memories to which it matters which tensors are packed how."""
+        return self.load(signal, state)
+
+    def sent_packed(self, own: Tensor, state: dict[str, Tensor], packing: Packing) -> None:
+        """:meth:`sent`, for memories to which it matters which tensors are packed how."""
+        self.sent(own, state)
+
+    def in_phase(self, phase: int, codec: Compressor) -> Memory:
+        """The same memory around the compressor of one phase of :class:`~lightning_dopt.compress.Phases`."""
+        return type(self)(**{**self.arguments(), "codec": codec})
 
     def localise(self, decoded: Tensor, signal: Tensor) -> Tensor:
         """If :attr:`relative`: the sender's value, from what was decoded and this rank's own ``signal``."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_dopt._checks import check_float
 from lightning_dopt.compress.base import Compressor, Shape
+from lightning_dopt.compress.dense_below import DenseBelow
 from lightning_dopt.compress.memory.base import Memory
 
 
@@ -39,8 +40,9 @@ class DIANA(Memory):
             )
 
     def share(self, shape: Shape) -> float:
-        """``alpha`` as a number, for signals of this shape."""
-        return self.alpha if self.alpha is not None else 1.0 / (1.0 + (self.codec.variance(shape) or 0.0))
+        """``alpha`` as a number, for signals of this shape; what is packed decides, not what travels whole."""
+        noisy = self.codec.codec if isinstance(self.codec, DenseBelow) else self.codec
+        return self.alpha if self.alpha is not None else 1.0 / (1.0 + (noisy.variance(shape) or 0.0))
 
     def scale(self, shape: Shape, codec: Compressor | None = None) -> float:
         """1: messages stay unbiased."""
