@@ -131,6 +131,10 @@ class Engine:
     def _guarded(self) -> bool:
         return self.on_nonfinite != "ignore"
 
+    @property
+    def _undoes(self) -> bool:
+        return self.on_nonfinite == "skip"
+
     def _runner(self, index: int, sync: Sync, label: str, lanes: list[Lane]) -> SyncRunner:
         seed = self.plan.sync_seed(index)
         total = sum(lane.numel for lane in lanes) or 1
@@ -176,13 +180,13 @@ class Engine:
                         PackedGradients(self.parameters, lane, positions) for lane, positions in pairs
                     ]
                     runner = self._runner(index, sync, label, [c.lane for c in chosen])
-                    gradients.append(GradientRunner(runner, chosen, self.parameters, self._guarded))
+                    gradients.append(GradientRunner(runner, chosen, self.parameters, self._guarded, self._undoes))
                 elif names:
                     size = getattr(sync.what, "bucket_mb", 0.0) * 1e6
                     lanes = [part for lane in self.flat.select(names) for part in buckets(lane, size)]
                     copies = [FlatGradients(self.parameters, lane) for lane in lanes]
                     runner = self._runner(index, sync, label, [c.lane for c in copies])
-                    gradients.append(GradientRunner(runner, copies, self.parameters, self._guarded))
+                    gradients.append(GradientRunner(runner, copies, self.parameters, self._guarded, self._undoes))
         elif slot == "buffers":
             lanes = [self.buffers.lane] if self.buffers.buffers else []
             self.runners.append(self._runner(index, sync, label, lanes))
@@ -394,7 +398,7 @@ class Engine:
         where = f"step {self.step + 1}, sync '{label}': the gradients of rank(s) {', '.join(ranks)} are not finite"
         if self.on_nonfinite == "raise":
             raise FloatingPointError(
-                f"{where}; parameters and memories are as before the step. Plan(on_nonfinite='skip') goes on without it"
+                f"{where}; parameters are as before the step, memories finite. Plan(on_nonfinite='skip') goes on without it"
             )
         for name in self.groups[group]:
             self.parameters[name].grad = None

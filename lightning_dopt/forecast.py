@@ -495,7 +495,7 @@ class _SizedEngine(Engine):
             assert isinstance(lane, _SizedLane)
             for purpose, nbytes in lane.memory().items():
                 used[purpose] = used.get(purpose, 0) + nbytes
-        early = [g.runner for g in self.gradients[0]] if self._guarded and not self._bound else []
+        early = [g.runner for g in self.gradients[0]] if self._undoes and not self._bound else []
         used["kept for undo"] = sum(
             sum(_size(state) for state in lane.channel._states().values())
             for runner in self._all_runners()

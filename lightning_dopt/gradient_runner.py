@@ -25,12 +25,18 @@ class GradientRunner:
         copies: The gradients of each bucket, in the order of the lanes.
         parameters: All parameters by name, in the order of the module.
         guarded: Whether a bucket that is not finite is sent as zeros and noted, if it leaves before all gradients are known.
+        undo: Whether memories are to be as before if the step is given up; costs a second copy of them.
     """
 
     def __init__(
-        self, runner: SyncRunner, copies: list[FlatGradients], parameters: Mapping[str, Tensor], guarded: bool = False
+        self,
+        runner: SyncRunner,
+        copies: list[FlatGradients],
+        parameters: Mapping[str, Tensor],
+        guarded: bool = False,
+        undo: bool = False,
     ) -> None:
-        self.guarded = guarded
+        self.guarded, self.undo = guarded, undo
         self.nonfinite = torch.zeros((), dtype=torch.bool)
         """Whether a bucket of this step was not finite."""
         self.runner, self.copies = runner, copies
@@ -87,7 +93,8 @@ class GradientRunner:
             self.copies[k].gather()
             if self.guarded and self.watching:
                 self.nonfinite = _silence(self.copies[k].lane.live) | self.nonfinite.to(self.copies[k].lane.live.device)
-                self.runner.lanes[k].channel.keep()
+                if self.undo:
+                    self.runner.lanes[k].channel.keep()
             self.runner.lanes[k].send(self.step, self.runner.rounds)
 
     def send_rest(self) -> None:

@@ -107,11 +107,13 @@ class Plan(Part):
             sender and step, and weights and memories are as before the message; the memories are kept twice for that. Sums
             (all-reduce) cannot be checked like that; they must be finite.
         on_nonfinite: What to do in a step in which the gradients of some rank are not finite. ``"raise"``: all ranks raise
-            the same ``FloatingPointError``, which names the ranks and the step, with parameters and memories as before the
-            step. ``"skip"``: all ranks skip the step, their optimizers see no gradients. ``"ignore"``: nobody looks.
+            the same ``FloatingPointError``, which names the ranks and the step, with parameters as before the step;
+            memories may have taken note of messages that had left during backward, zeros for what was not finite.
+            ``"skip"``: all ranks skip the step, their optimizers see no gradients, memories are as before.
+            ``"ignore"``: nobody looks.
             ``"auto"`` raises where gradients are compressed and all ranks hear all, and ignores elsewhere, as
             ``DDPStrategy`` does. Looking costs a pass over the gradients and an all-reduce of one number per rank in every
-            step, and a second copy of the memories where buckets leave during backward. In a plan without gradient syncs
+            step; skipping also a second copy of the memories where buckets leave during backward. In a plan without gradient syncs
             every rank looks at its own, and raises or skips alone. With loss scaling all ranks skip, whatever this says.
 
     Raises:

@@ -55,9 +55,8 @@ class Parameters(What):
 class Gradients(Parameters):
     """Gradients, synchronised after backward and before clipping and the optimizer step.
 
-    They are sent in buckets, each as one message to the codec, the first of them at most 2^20 bytes: while backward
-    goes on with the first layers, the gradients of the last are under way already. All ranks send the buckets in the
-    same order.
+    They are sent in buckets, each as one message to the codec, the first of them at most 2^20 bytes: while backward goes on
+    with the first layers, the gradients of the last are under way already. All ranks send the buckets in the same order.
 
     Args:
         match: Pattern on parameter names.

@@ -32,7 +32,7 @@ from lightning_dopt.compress import DGC
 from lightning_dopt.engine import Engine
 
 Ranks = Callable[..., list[Any]]
-LINE = "step {}, sync 'gradients': the gradients of rank(s) {} are not finite; parameters and memories are as before the step"
+LINE = "step {}, sync 'gradients': the gradients of rank(s) {} are not finite; parameters are as before the step, memories finite"
 
 CODECS = {
     "top-k": ErrorFeedback(TopK(0.1)),
@@ -202,7 +202,8 @@ def test_buckets_that_have_left_are_taken_back(ranks: Ranks, codec: Any) -> None
     for (state, early, text, _), (other, _, _, _) in zip(stopped, sound, strict=True):
         assert early >= 2
         assert text.startswith(LINE.format(3, "1"))
-        assert same(state, other)
+        assert same(state[:6], other[:6])  # the parameters
+        assert all(t.isfinite().all() for t in state)
     skipped = ranks(trained, 2, plan.guarded(False, "skip"), 3, 3)
     for (state, _, _, count), (other, _, _, _) in zip(skipped, sound, strict=True):
         assert count == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.fsdp as fsdp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from trainer_tools import Regressor, adam, mlp, on_ranks, regression, trainer
@@ -17,7 +18,13 @@ from lightning_dopt.compress import ErrorFeedback, Identity, RandomShift
 from lightning_dopt.strategies import WITHOUT_PLAN
 from lightning_dopt.strategies.wrapping import units
 
-pytestmark = pytest.mark.trainer
+pytestmark = [
+    pytest.mark.trainer,
+    pytest.mark.skipif(
+        not hasattr(getattr(fsdp, "FSDPModule", None), "set_custom_all_gather"),
+        reason="fully_shard takes collectives of others since torch 2.9",
+    ),
+]
 
 
 def whole(module: nn.Module) -> Tensor:
