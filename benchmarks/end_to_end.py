@@ -227,7 +227,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--seeds", type=int, default=1)
     p.add_argument("--lr", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
-    p.add_argument("--width", type=int, default=144, help="of the GPT: 144 are 1.07 million parameters")
+    p.add_argument("--width", type=int, default=144, help="of the GPT: 144 are 1.03 million parameters")
     p.add_argument("--link-tool", default="")
     p.add_argument("--links", nargs="*", type=float, default=[100.0, 20.0], help="Mbit/s")
     p.add_argument("--json", default="")
