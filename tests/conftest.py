@@ -137,3 +137,11 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     for pool in pools.values():
         with contextlib.suppress(OSError):
             pool.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_group_stays() -> Iterator[None]:
+    """A Trainer of one process leaves its group behind, which processes forked later would inherit."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
