@@ -263,14 +263,14 @@ def _options(function: Callable[..., Plan], arguments: Mapping[str, object]) -> 
 
 
 def _fields(sync: Sync) -> list[str]:
-    return [f"  {name:<9}{value!r}" for name, value in sync.arguments().items()]
+    return [f"  {name:<10}{value!r}" for name, value in sync.arguments().items()]
 
 
 def _ways(ways: Mapping[str, int]) -> list[str]:
     """How messages travel, and what the other transports would take."""
     each = [f"{way} {_bytes(nbytes)}" for way, nbytes in ways.items()]
     other = f" (instead of {', '.join(each[1:])})" if each[1:] else ""
-    return [f"  travels  {each[0]} per exchange{other}"] if each else []
+    return [f"  travels   {each[0]} per exchange{other}"] if each else []
 
 
 def _traffic(told: Forecast) -> list[str]:

@@ -92,7 +92,7 @@ def test_describe_agrees_with_the_forecast(dopt) -> None:
     told = forecast(plans.diloco(50, codec=Int8()), 4, square_layers(1_000_000))
     assert re.search(r"sync_every +50 +500 +Optimizer steps per round", text)
     assert re.search(r"codec +Int8\(\) +None ", text)
-    assert "  when     Every(n=50)\n" in text
+    assert "  when      Every(n=50)\n" in text
     assert f"parameters                20{told.sync_bytes('parameters') / 20 / 1e6:>11.4g} MB" in text
     assert f"at most {told.peak_step_bytes / 1e6:.4g} MB in one step" in text
     assert re.search(r"anchors +4 MB\n  outer optimizer +4 MB", text)
@@ -101,8 +101,8 @@ def test_describe_agrees_with_the_forecast(dopt) -> None:
 def test_describe_builds_nested_codecs_and_topologies(dopt) -> None:
     line = "describe gossip --topology ring --topology.hops 2 --codec=difference --codec.codec top_k"
     text = dopt(f"{line} --codec.codec.ratio 0.01 --codec.gamma=0.2 -n 6")
-    assert "  codec    Difference(codec=TopK(ratio=0.01), gamma=0.2)\n" in text
-    assert "  peers    Ring(hops=2)\n" in text
+    assert "  codec     Difference(codec=TopK(ratio=0.01), gamma=0.2)\n" in text
+    assert "  peers     Ring(hops=2)\n" in text
     assert "no options" in dopt("describe lo_fi")
 
 
