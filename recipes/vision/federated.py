@@ -7,8 +7,8 @@ accuracy against steps and against bytes under ``runs/federated``.
 
 Data: scikit-learn's digits, or the files of Fashion-MNIST or CIFAR-10 in a folder that ``--data`` names.
 
-Measured with ``--steps 300`` (30 rounds) on a machine of 2 cores that ran tests as well: 2.3 min (one run, one seed, rates not tuned;
-all clients hold the common weights after a round, so both accuracies are the same)::
+Measured with ``--steps 300`` (30 rounds) on a machine of 2 cores that ran tests as well: 2.3 min (one run, one seed, rates
+not tuned; all clients hold the common weights after a round, so both accuracies are the same)::
 
     method           accuracy  test loss   sent per worker
     fedavg              0.953      0.173            5.3 MB
