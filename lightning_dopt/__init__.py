@@ -53,7 +53,7 @@ from lightning_dopt.local import (
 )
 from lightning_dopt.outer import HeavyBall, Nesterov
 from lightning_dopt.plan import Plan, Sync
-from lightning_dopt.schedules import QSR, After, AtEnd, Bernoulli, Drifted, Either, Every, Until
+from lightning_dopt.schedules import QSR, After, AtEnd, Bernoulli, ByBytes, Drifted, Either, Every, Until
 from lightning_dopt.simulate import Simulation
 from lightning_dopt.topology import (
     Complete,
@@ -96,6 +96,7 @@ __all__ = [  # noqa: RUF022
     "BF16",
     "Blocking",
     "Buffers",
+    "ByBytes",
     "Chebyshev",
     "Complete",
     "CompressedDDPStrategy",

@@ -12,7 +12,7 @@ from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Compressor
 from lightning_dopt.compress.memory import Memory
 from lightning_dopt.plan import Plan, Sync
-from lightning_dopt.schedules import QSR, AtEnd, Bernoulli, Every, When
+from lightning_dopt.schedules import QSR, AtEnd, Bernoulli, ByBytes, Every, When
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -62,8 +62,8 @@ def closed_form(
 
 def _rate(when: When) -> float | None:
     """Rounds per optimizer step."""
-    if isinstance(when, Every):
-        return 1.0 / when.n
+    if isinstance(when, (Every, ByBytes)):
+        return 1.0 / when.n  # of messages as they start
     if isinstance(when, Bernoulli):
         return when.p
     if isinstance(when, QSR):

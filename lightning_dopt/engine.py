@@ -21,7 +21,7 @@ from lightning_dopt.packed import Packed, PackedGradients
 from lightning_dopt.phased import make_channel
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import LaneRunner, SyncRunner
-from lightning_dopt.schedules import QSR, Drifted
+from lightning_dopt.schedules import QSR, ByBytes, Drifted
 from lightning_dopt.slots import FlatBuffers, FlatGradients, FlatTensors, Lane, buckets, tracker_lane
 from lightning_dopt.topology.weights import RowNormalised
 from lightning_dopt.what import OptimizerState
@@ -115,6 +115,7 @@ class Engine:
         """The syncs that run between the two passes of a step."""
         for index, (sync, label) in enumerate(zip(plan, plan.labels(), strict=True)):
             self._add(index, sync, label)
+        self._first_bytes = {runner.label: runner.message_bytes for runner in self.runners}
         self._buffer_host = next((s for s in plan if s.what.slot in ("parameters", "gradients")), None)
         self.buffer_runner = self._buffer_runner() if sync_buffers else None
         self.optimizer_flats: dict[str, FlatTensors] = {}
@@ -464,14 +465,20 @@ class Engine:
     def _may_be_due(self, sync: Sync, step: int) -> bool:
         """Whether the sync belongs to this step, or is measured at it; yes if nobody knows yet how long its round will be."""
         when = sync.when
-        return step >= self._ends.get(repr(when), 0) if isinstance(when, QSR) else when.due(step)
+        return step >= self._ends.get(repr(when), 0) if when.in_rounds else when.due(step)
 
     def _begin_rounds(self) -> None:
-        """Where the coming step begins a round whose length depends on the learning rate, read it now."""
+        """Where the coming step begins a round whose length depends on the learning rate or on messages, look at them now."""
         for runner in self.runners:
             when = runner.sync.when
-            if isinstance(when, QSR) and self.step >= self._ends.get(repr(when), 0):
-                self._ends[repr(when)] = self.step + when.length(self.lr(next(iter(self.parameters))), self.step)
+            if when.in_rounds and self.step >= self._ends.get(repr(when), 0):
+                if isinstance(when, QSR):
+                    length = when.length(self.lr(next(iter(self.parameters))), self.step)
+                elif isinstance(when, ByBytes):
+                    length = when.length(
+                        runner.message_bytes / first if (first := self._first_bytes[runner.label]) else 1.0
+                    )
+                self._ends[repr(when)] = self.step + length
 
     def _measure(self, step: int) -> Talk[None]:
         """Ask once per step how far replicas are apart, if a schedule wants to know."""

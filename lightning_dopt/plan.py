@@ -348,9 +348,9 @@ def _check_apply(sync: Sync) -> None:
             f"Sync(what={sync.what!r}, when={sync.when!r}, apply={sync.apply!r}): what is measured are parameters after the "
             "step; use what='parameters' and apply=Blocking()"
         )
-    if sync.when.reads_lr and sync.what.slot not in ("parameters", "optimizer", "buffers"):
+    if sync.when.in_rounds and sync.what.slot not in ("parameters", "optimizer", "buffers"):
         raise ValueError(
-            f"Sync(what={sync.what!r}, when={sync.when!r}): rounds that depend on the learning rate are for parameters and states"
+            f"Sync(what={sync.what!r}, when={sync.when!r}): rounds that differ in length are for parameters and states"
         )
     if sync.when.at_end and sync.apply != Blocking():
         raise ValueError(

@@ -277,6 +277,11 @@ class SyncRunner:
         for packed in self.packed:
             packed.scatter()
 
+    @property
+    def message_bytes(self) -> int:
+        """Length of the next messages of all lanes."""
+        return sum(lane.channel.at(self.rounds).message_bytes for lane in self.lanes)
+
     def renew(self) -> None:
         """The lanes hold other elements from now on: what is remembered of the old ones is forgotten."""
         for packed in self.packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 from lightning_dopt._checks import check_float, check_int
@@ -25,6 +26,14 @@ class When(Part, ABC):
 
     reads_lr: bool = False
     """Whether the length of a round depends on the learning rate, which the engine reads when the round begins."""
+
+    reads_size: bool = False
+    """Whether the length of a round depends on how long the messages of the sync have become."""
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the engine asks how long a round is when it begins."""
+        return self.reads_lr or self.reads_size
 
     @abstractmethod
     def due(self, step: int) -> bool:
@@ -103,6 +112,40 @@ class Drifted(When):
         return self.when.due(step)
 
 
+class ByBytes(When):
+    """Rounds as long as messages are large: ``n`` steps at the start, ``max(least, ceil(n bytes / bytes at the start))`` later.
+
+    For codecs whose messages change during training, such as :class:`~lightning_dopt.compress.KeepEnergy`: as they shrink ranks
+    meet more often, and the traffic per step stays what it was. Of several syncs with this very schedule the first counts.
+
+    Args:
+        n: Length of the first round, in optimizer steps.
+        least: Shortest round.
+
+    Raises:
+        ValueError: an option below 1, or ``least`` above ``n``.
+
+    Source: the adaptive number of local steps of Qi et al., "DiLoCoX", arXiv 2506.21263, whose rule could not be checked; this
+    one is ours.
+    """
+
+    reads_size = True
+
+    def __init__(self, n: int, least: int = 1) -> None:
+        self.n = check_int("ByBytes", "n", n, 1)
+        self.least = check_int("ByBytes", "least", least, 1)
+        if least > n:
+            raise ValueError(f"ByBytes(n={n}, least={least}): the shortest round cannot be longer than the first")
+
+    def due(self, step: int) -> bool:
+        """Whether a sync may belong to ``step``; the engine knows when the round ends."""
+        return step >= 1
+
+    def length(self, share: float) -> int:
+        """Steps of a round whose messages have ``share`` of the bytes that they had at the start."""
+        return max(self.least, math.ceil(self.n * share))
+
+
 class QSR(When):
     """Quadratic synchronization rule: rounds grow as the learning rate falls, ``H = max(base, floor((alpha / lr)^power))``.
 
@@ -157,8 +200,8 @@ def _unmeasured(owner: str, when: When) -> When:
         raise ValueError(
             f"{owner}(when={when!r}): cannot hold a schedule that measures; put it inside: Drifted(when=...)"
         )
-    if when.reads_lr:
-        raise ValueError(f"{owner}(when={when!r}): cannot hold a schedule that reads the learning rate")
+    if when.in_rounds:
+        raise ValueError(f"{owner}(when={when!r}): cannot hold a schedule whose rounds differ in length")
     return when
 
 

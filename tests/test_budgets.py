@@ -46,6 +46,7 @@ from lightning_dopt.compress import (
     Compressor,
     DCTTopK,
     DenseBelow,
+    Factors,
     LGreCo,
     Sign,
 )
@@ -164,6 +165,7 @@ def test_alternatives() -> None:
         DenseBelow(LowRank(2)),
         QSGD(7),
         LowRank(5),
+        Factors(LowRank(5), Int4()),
     ):
         assert codec in alternatives(codec)
 

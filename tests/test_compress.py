@@ -25,10 +25,12 @@ from lightning_dopt.compress import (
     DCTTopK,
     DenseBelow,
     ErrorFeedback,
+    Factors,
     FedZip,
     Identity,
     Int4,
     Int8,
+    KeepEnergy,
     LGreCo,
     LowRank,
     Natural,
@@ -95,11 +97,14 @@ COMPRESSORS: list[Compressor] = [
     RandomProjection(0.3),
     RandomProjection(0.9),
     LowRank(2),
+    Factors(LowRank(2), Int4()),
+    Factors(LowRank(3, 1.0), Int8(stochastic=True), 0),
     DenseBelow(TopK(0.1), size=300, vectors=False),
     DenseBelow(Int8(stochastic=True), size=300),
     DenseBelow(LowRank(2), size=300),
     LGreCo(BlockTopK(0.1)),
     ByteBudget(Int4(stochastic=True), 1000),
+    KeepEnergy(BlockTopK(0.1)),
 ]
 SEEDED = ("RandK", "CountSketch", "RandomProjection", "RandomShift")  # the receivers need the seed
 SHAPES = [(1,), (7,), (255,), (256,), (257,), (4097,), (16, 24), (40, 3, 13), ()]

@@ -133,8 +133,8 @@ def test_without_a_last_step_the_plan_ends_in_an_average() -> None:
         (lambda: QSR(-1.0), r"QSR\(alpha=-1.0\)"),
         (lambda: plans.qsr(base=0), r"qsr\(base=0\)"),
         (lambda: plans.qsr(power=0.0), r"qsr\(power=0.0\)"),
-        (lambda: After(5, QSR(0.1)), "reads the learning rate"),
-        (lambda: Drifted(1.0, QSR(0.1)), "reads the learning rate"),
+        (lambda: After(5, QSR(0.1)), "rounds differ in length"),
+        (lambda: Drifted(1.0, QSR(0.1)), "rounds differ in length"),
         (lambda: Sync(QSR(0.1), "gradients"), "replicas would drift apart"),
     ],
 )

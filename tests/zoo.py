@@ -72,6 +72,7 @@ PLANS: dict[str, Plan] = {
     "fragments over pairs": plans.streaming_diloco(4, 2, 1, outer_momentum=0.3, topology=RandomPairs()),
     "eager fragments": plans.eager_diloco(4, 0.3, 0.5, fragments=2, pattern="balanced"),
     "co2": plans.co2(3, 0.6, 0.3, clip=0.05, gap_aware=True),
+    "dilocox": plans.dilocox(3, 2, keep=0.5, window=2, least=2, outer_momentum=0.3),
     "delayed rand-k": Plan(
         [Sync(when=Every(2), codec=ErrorFeedback(RandK(0.3)), outer=outer.SGD(0.5), apply=OneRound(0.5))]
     ),

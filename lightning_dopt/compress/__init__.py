@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from lightning_dopt.compress.base import Codec, Compressor
-from lightning_dopt.compress.budget import Budget, ByteBudget, LGreCo
+from lightning_dopt.compress.budget import Budget, ByteBudget, KeepEnergy, LGreCo
 from lightning_dopt.compress.compose import Compose
 from lightning_dopt.compress.dense import BF16, FP16, Identity
 from lightning_dopt.compress.dense_below import DenseBelow
+from lightning_dopt.compress.factors import Factors
 from lightning_dopt.compress.fedzip import FedZip
 from lightning_dopt.compress.floats import E3M0, FP8, Natural
 from lightning_dopt.compress.levels import QSGD, TernGrad
@@ -62,11 +63,13 @@ __all__ = [
     "Direct",
     "EControl",
     "ErrorFeedback",
+    "Factors",
     "FedZip",
     "GaussianNoise",
     "Identity",
     "Int4",
     "Int8",
+    "KeepEnergy",
     "LGreCo",
     "LowRank",
     "Memory",

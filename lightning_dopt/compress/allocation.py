@@ -36,7 +36,7 @@ class Allocation:
     @property
     def entries(self) -> int:
         """Numbers in the table of errors."""
-        return self.sizes.numel()
+        return self.sizes.numel() + self.budget.weighs * len(self.sizes)
 
     def parts(self) -> list[Share]:
         """The message as it is packed now."""
@@ -67,13 +67,20 @@ class Allocation:
                 factor = 1.0 if self.scale is None else self.scale(x.shape, codec)
                 found[name] = codec.squared_error(x, seed, factor)
             row.append(found[name])
+        if self.budget.weighs:
+            row.append(x.square().sum())
         return row
 
     def update(self, table: Tensor) -> None:
         """Choose anew; a table with an error that is not finite changes nothing."""
-        squared = table.to("cpu", torch.float64).view(self.sizes.shape)
-        if bool(squared.isfinite().all()):
-            self.choice = self.budget.choose(self.sizes, squared, self.share) or self.choice
+        squared = table.to("cpu", torch.float64).view(len(self.sizes), len(self.options) + self.budget.weighs)
+        if not bool(squared.isfinite().all()):
+            return
+        chosen = self.budget.choose(self.sizes, squared, self.share) or self.choice
+        if self.budget.falling:
+            pairs = zip(self.sizes.tolist(), self.choice, chosen, strict=True)
+            chosen = [new if size[new] < size[old] else old for size, old, new in pairs]
+        self.choice = chosen
 
     def tensor(self) -> Tensor:
         """The choice, for a checkpoint."""

@@ -35,6 +35,11 @@ class Budget(Compressor):
     layerwise = True
     adaptive = True
 
+    weighs: bool = False
+    """Whether the table of errors has a last column, the squared norms of the tensors."""
+    falling: bool = False
+    """Whether no tensor is ever given more bytes than it has."""
+
     def __init__(self, codec: Compressor, choices: Sequence[Compressor] | None = None, every: int = 1000) -> None:
         name = type(self).__name__
         for option, values in (("codec", [codec]), ("choices", choices or [])):
@@ -173,6 +178,54 @@ class LGreCo(Budget):
         if found is not None and self.alpha >= 1 and _sum(sizes, found) > float(sizes[:, uniform].sum()):
             return [uniform] * len(sizes)
         return found
+
+
+class KeepEnergy(Budget):
+    """Each tensor with the fewest bytes that keep a share of its energy: ``||v - C(v)||^2 <= (1 - share) ||v||^2``.
+
+    The fewest bytes are never raised again (``falling``), and a tensor of which no choice keeps the share stays with
+    ``codec``. With ranks to choose from this is the effective rank of what is sent, up to the grain of the choices: DiLoCoX
+    lets the rank follow that of the mean change over a window of rounds. Here it is that of the messages (memory included) in
+    the last round of a window, each rank's own, their energies added up.
+
+    Args:
+        codec: the setting to begin with, the finest.
+        share: of the energy that must arrive, in (0, 1).
+        choices: what a tensor may be packed by; ``None`` takes coarser settings of ``codec``.
+        every: rounds of a window.
+
+    Raises:
+        ValueError: an argument out of range, or nothing to choose from.
+
+    Source: after Qi et al., "DiLoCoX", arXiv 2506.21263, whose exact rule could not be checked.
+    """
+
+    weighs = True
+    falling = True
+
+    def __init__(
+        self, codec: Compressor, share: float = 0.9, choices: Sequence[Compressor] | None = None, every: int = 10
+    ) -> None:
+        super().__init__(codec, choices, every)
+        self.share = check_float("KeepEnergy", "share", share, 0.0, 1.0, open_low=True, open_high=True)
+
+    @property
+    def options(self) -> list[Compressor]:
+        """``codec`` and, unless choices were given, what is coarser."""
+        found = super().options
+        return found if self.choices is not None else found[: found.index(self.codec) + 1]
+
+    def first(self, sizes: Tensor, share: float) -> list[int]:
+        """``codec`` for all."""
+        return [self.options.index(self.codec)] * len(sizes)
+
+    def choose(self, sizes: Tensor, squared: Tensor, share: float) -> list[int] | None:
+        """See :meth:`Budget.choose`; the last column of ``squared`` is the energy."""
+        errors, allowed = squared[:, :-1], (1.0 - self.share) * squared[:, -1:]
+        cost = sizes.masked_fill(errors >= allowed, float("inf"))  # nothing is known of a tensor of zeros
+        uniform = self.options.index(self.codec)
+        cheapest = cost.argmin(1).tolist()
+        return [c if cost[k, c] < float("inf") else uniform for k, c in enumerate(cheapest)]
 
 
 class ByteBudget(Budget):

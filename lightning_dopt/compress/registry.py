@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable
 
 from lightning_dopt.compress.base import Codec, Compressor
-from lightning_dopt.compress.budget import ByteBudget, LGreCo
+from lightning_dopt.compress.budget import ByteBudget, KeepEnergy, LGreCo
 from lightning_dopt.compress.compose import Compose
 from lightning_dopt.compress.dense import BF16, FP16, Identity
 from lightning_dopt.compress.dense_below import DenseBelow
+from lightning_dopt.compress.factors import Factors
 from lightning_dopt.compress.fedzip import FedZip
 from lightning_dopt.compress.floats import E3M0, FP8, Natural
 from lightning_dopt.compress.levels import QSGD, TernGrad
@@ -57,6 +58,7 @@ _CLASSES: tuple[type[Codec], ...] = (
     CountSketch,
     RandomProjection,
     LowRank,
+    Factors,
     DCTTopK,
     Compose,
     Phases,
@@ -65,6 +67,7 @@ _CLASSES: tuple[type[Codec], ...] = (
     DenseBelow,
     LGreCo,
     ByteBudget,
+    KeepEnergy,
     ErrorFeedback,
     EF21,
     EControl,

@@ -65,7 +65,7 @@ class Extragradient(Correction):
                 raise ValueError(
                     f"Extragradient: needs one sync of what={slot!r}, of all parameters; use plans.masha()"
                 )
-            if slot == "reference" and (syncs[0].when.reads_lr or not syncs[0].when.due(1)):
+            if slot == "reference" and (syncs[0].when.in_rounds or not syncs[0].when.due(1)):
                 raise ValueError(
                     f"Sync(what='reference', when={syncs[0].when!r}): must be due at step 1, use "
                     f"Either(Until(1, Every(1)), {syncs[0].when!r})"

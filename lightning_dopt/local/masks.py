@@ -107,7 +107,7 @@ class FisherMask(Correction):
                 "FisherMask: needs one sync of what='tracker', the last of the plan; use plans.fish_mask()"
             )
         for sync in plan:
-            if sync.when.measured or sync.when.reads_lr:
+            if sync.when.measured or sync.when.in_rounds:
                 raise ValueError(
                     f"FisherMask: when it chooses must be known beforehand, got {sync.when!r} for {sync.label!r}"
                 )

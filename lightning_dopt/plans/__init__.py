@@ -9,6 +9,7 @@ from lightning_dopt.plans.controlled import fed_admm, fedspeed, local_gda, proxs
 from lightning_dopt.plans.desloc import desloc, mt_dao
 from lightning_dopt.plans.dfedsam import dfedsam
 from lightning_dopt.plans.diloco import diloco
+from lightning_dopt.plans.dilocox import dilocox
 from lightning_dopt.plans.directed import push_diging, sgp
 from lightning_dopt.plans.dprox_sgt import dprox_sgt
 from lightning_dopt.plans.eager_diloco import delayed_diloco, eager_diloco
@@ -48,6 +49,7 @@ __all__ = [  # noqa: RUF022  (by family)
     "streaming_diloco",
     "eager_diloco",
     "delayed_diloco",
+    "dilocox",
     "noloco",
     "co2",
     "desloc",
