@@ -52,6 +52,7 @@ from lightning_dopt.local import (
     Stiefel,
 )
 from lightning_dopt.outer import HeavyBall, Nesterov
+from lightning_dopt.pace import LocalSteps
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.schedules import QSR, After, AtEnd, Bernoulli, ByBytes, Drifted, Either, Every, Until
 from lightning_dopt.simulate import Simulation
@@ -134,6 +135,7 @@ __all__ = [  # noqa: RUF022
     "Lerp",
     "Link",
     "LocalSGDStrategy",
+    "LocalSteps",
     "LocalTracking",
     "LoFiStrategy",
     "LossWeights",

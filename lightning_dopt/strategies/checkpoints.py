@@ -127,6 +127,7 @@ class ReplicaCheckpoints:
             "state_dict": weights,
             "engine": copied(engine.state_dict()),
             "averages_buffers": engine.buffer_runner is not None,
+            "pace": s.pacer.state_dict() if s.pacer is not None else None,
             "resume": self.resume.save_state(s.lightning_module.trainer),  # type: ignore[union-attr]
         }
 
@@ -190,6 +191,8 @@ class ReplicaCheckpoints:
         if state["engine"]["plan"] == repr(self.strategy.plan):  # otherwise the engine has more to say
             self._check_buffers(state["averages_buffers"], engine.buffer_runner is not None)
         engine.load_state_dict(state["engine"])
+        if self.strategy.pacer is not None and state.get("pace") is not None:
+            self.strategy.pacer.load_state_dict(state["pace"])
 
     def _check_buffers(self, then: bool, now: bool) -> None:
         if then != now:

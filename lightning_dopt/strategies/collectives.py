@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
@@ -92,7 +93,15 @@ class Collectives(DDPStrategy):
             return super().all_gather(tensor, group, sync_grads)
 
     def _told_by_zero(self, flag: bool) -> bool:
-        """Rank 0's flag."""
+        """Rank 0's flag. Ranks that come early wait here for the others, which the ledger counts under ``"stop"``."""
+        began = time.perf_counter()
+        try:
+            return self._flag_of_zero(flag)
+        finally:
+            if self.world is not None:
+                self.world.ledger.stalled("stop", time.perf_counter() - began)
+
+    def _flag_of_zero(self, flag: bool) -> bool:
         if self._survivors is not None:
             return bool(self._survivors.broadcast(flag, 0))
         value = torch.tensor([int(flag)], device=self.root_device)

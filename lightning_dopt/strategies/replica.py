@@ -19,6 +19,7 @@ from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.comm.link import LinkClock
 from lightning_dopt.comm.links import REST, OnLostPeer, make_links
 from lightning_dopt.lost_peers import check_links
+from lightning_dopt.pace import LocalSteps
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.strategies import _private, failure, replica_files, start
 from lightning_dopt.strategies.checkpoints import ReplicaCheckpoints
@@ -26,6 +27,7 @@ from lightning_dopt.strategies.collectives import Collectives
 from lightning_dopt.strategies.consensus import ConsensusModel
 from lightning_dopt.strategies.meter import Meter, exact
 from lightning_dopt.strategies.optimizers import OptimizerIndex
+from lightning_dopt.strategies.pacer import Pacer, check_pace, check_trainer, nothing_to_learn
 from lightning_dopt.strategies.stop_signal import StopSignal
 from lightning_dopt.strategies.survivors import warn_of_launcher
 from lightning_dopt.strategies.two_passes import check_two_passes, second_pass
@@ -50,6 +52,9 @@ class ReplicaStrategy(Collectives):
         offload: Keep anchors and outer optimizers in the memory of the host (pinned for CUDA) instead of the parameters' device:
             two vectors like the parameters with DiLoCo, at the price of two copies of what is sent per sync.
         clock: Which optimizer's steps count, if there are several (index as in ``configure_optimizers``).
+        pace: ``LocalSteps(H, dynamic=True)`` lets slow ranks take fewer steps per round of ``H``, so that nobody waits for them
+            for long; for plans all of whose messages lie at multiples of ``H``. A batch whose step a rank leaves out is not
+            trained on. See :class:`~lightning_dopt.strategies.pacer.Pacer`.
         measure_every: Optimizer steps between measurements of ``consensus/distance`` during training, at the price of an
             all-reduce of the model each; 0 measures at validation only.
         link: Also keep a virtual clock as if all ranks were connected by such links: ``comm/link_s`` is the time the run
@@ -84,6 +89,7 @@ class ReplicaStrategy(Collectives):
         buffers: Literal["average", "local"] = "average",
         offload: bool = False,
         clock: int = 0,
+        pace: LocalSteps | None = None,
         measure_every: int = 0,
         link: Link | None = None,
         link_step_seconds: float | None = None,
@@ -107,6 +113,8 @@ class ReplicaStrategy(Collectives):
         self.buffer_policy = check_choice(name, "buffers", buffers, ("average", "local"))
         self.offload = check_flag(name, "offload", offload)
         self.clock_index = check_int(name, "clock", clock, 0)
+        self.pace = pace
+        check_pace(name, pace, self.plan)
         self.measure_every = check_int(name, "measure_every", measure_every, 0)
         self.link_step_seconds = _seconds(name, link_step_seconds, link)
         make_links(0, 1, on_lost_peer, patience, rest, name)
@@ -128,6 +136,7 @@ class ReplicaStrategy(Collectives):
         self.link = link
         self.timeout = timeout
         self.consensus: ConsensusModel | None = None
+        self.pacer: Pacer | None = None
         self._meter: Meter | None = None
         self._checkpoints = ReplicaCheckpoints(self)
         self._undo_quiet: Callable[[], None] = _nothing
@@ -150,6 +159,7 @@ class ReplicaStrategy(Collectives):
             )
         size = self.num_nodes * self.num_processes
         self.plan.check(size)
+        check_pace(type(self).__name__, self.pace, self.plan, size)
         links = make_links(0, size, self.on_lost_peer, self.patience, self.rest, type(self).__name__)
         if links is not None:
             check_links(self.plan, size, links)
@@ -202,6 +212,9 @@ class ReplicaStrategy(Collectives):
             self.plan, module, self._index, world, self.buffer_policy == "average", self.offload
         )
         self.consensus, self._meter = ConsensusModel(self.engine), Meter(world, self.link_step_seconds)
+        if self.pace is not None:
+            check_trainer(self.pace, module, trainer)
+            self.pacer = Pacer(self.pace, self.engine)
         check_two_passes(self.engine, module, trainer)
         start.check_momentum(self.plan, inner)
         start.warn_of_lost_weights(self.plan, inner, trainer.gradient_clip_val)
@@ -223,6 +236,10 @@ class ReplicaStrategy(Collectives):
         """The module's training step, after syncs that belong before the forward pass."""
         assert self.engine is not None
         assert self._meter is not None
+        if self.pacer is not None:
+            self.pacer.begin()
+            if not self.pacer.takes_part:
+                return nothing_to_learn(self.root_device)
         self._meter.computed()
         self.engine.run(self.engine.before_step())
         return super().training_step(*args, **kwargs)
@@ -235,6 +252,11 @@ class ReplicaStrategy(Collectives):
         module = self.lightning_module
         assert module is not None
         clock = index == self.clock_index
+        if self.pacer is not None and not self.pacer.takes_part:
+            closure()
+            engine.skip(1)
+            self._measure()
+            return None
         if clock and not module.automatic_optimization and not engine.begun:
             raise ValueError(
                 "Blocking(order='cta' or 'awc'): needs one step of the clock optimizer per training_step; use order='atc'"
@@ -253,8 +275,14 @@ class ReplicaStrategy(Collectives):
         out = super().optimizer_step(optimizer, closure_and_sync, model, **kwargs)
         if clock:
             meter.computed()
+            if self.pacer is not None:
+                self.pacer.computed()
             engine.run(engine.after_step())
+            if self.pacer is not None:
+                engine.run(self.pacer.meet())
             self._measure()
+            if self.pacer is not None:
+                self.pacer.resume()
         return out
 
     def _loss_scale(self) -> float | None:
@@ -286,6 +314,8 @@ class ReplicaStrategy(Collectives):
     def on_validation_start(self) -> None:
         """Swap the consensus model in."""
         super().on_validation_start()
+        if self.pacer is not None:
+            self.pacer.rest()
         self._checkpoints.resume.on_validation_start(self._trainer)
         if self.consensus is not None and self.fitting and self.evaluate == "consensus":
             self.consensus.show()
