@@ -22,7 +22,7 @@ from lightning_dopt.local.base import Correction
 from lightning_dopt.outer import SGD, FromOptimizer, GossipMomentum, LateMomentum, Outer
 from lightning_dopt.schedules import Every, When
 from lightning_dopt.stability import outer_bound, pairs_bound
-from lightning_dopt.topology import Complete, RandomPairs
+from lightning_dopt.topology import Complete, RandomGroups, RandomPairs
 from lightning_dopt.topology.base import Topology
 from lightning_dopt.transport import Transport, is_plain, may_relay, sums
 from lightning_dopt.what import What, what_of
@@ -434,16 +434,17 @@ def _warn_of_delay(sync: Sync, n: int, stacklevel: int) -> None:
 
 
 def _warn_of_momentum(sync: Sync, n: int) -> None:
-    """Outer momentum over random pairs: replicas stay together only below a bound (NoLoCo; zero gradients, N workers)."""
-    if not isinstance(sync.peers, RandomPairs):
+    """Outer momentum over random groups: replicas stay together only below a bound (NoLoCo; zero gradients, N workers)."""
+    if not isinstance(sync.peers, (RandomPairs, RandomGroups)):
         return
+    size = sync.peers.size if isinstance(sync.peers, RandomGroups) else 2
     if isinstance(sync.outer, GossipMomentum):
         alpha, name, pull = sync.outer.alpha, "gamma", sync.outer.gamma
     elif isinstance(sync.outer, SGD):
         alpha, name, pull = sync.outer.momentum, "lr", sync.outer.lr
     else:
         return
-    bound = pairs_bound(alpha, n)
+    bound = pairs_bound(alpha, n, size)
     if alpha and pull >= bound:
         warnings.warn(
             f"Sync(peers={sync.peers!r}, outer={sync.outer!r}): with {n} workers replicas run apart from {name} {bound:.2f} on at "

@@ -32,19 +32,20 @@ def outer_bound(momentum: float, nesterov: bool, share: float = 1.0) -> float:
     return low
 
 
-def pairs_bound(momentum: float, n: int) -> float:
-    """The largest pull towards partners at which replicas in random pairs stay together, without gradients.
+def pairs_bound(momentum: float, n: int, size: int = 2) -> float:
+    """The largest pull towards partners at which replicas in random pairs (groups) stay together, without gradients.
 
-    ``2 (1 - alpha^2) / (1 - alpha (2 p - 1))`` with ``p = n / (2 (n - 1))``; infinite for fewer than three workers, whose only
-    pair is everybody.
+    ``2 (1 - alpha^2) / (1 - alpha (2 p - 1))`` with ``p = n (g - 1) / (g (n - 1))`` for groups of ``g``; infinite where one group
+    is everybody.
 
     Args:
         momentum: ``alpha`` in [0, 1).
         n: Number of workers.
+        size: Ranks in a group.
     """
-    if n < 3:
+    if n <= size:
         return float("inf")
-    p = n / (2 * (n - 1))
+    p = n * (size - 1) / (size * (n - 1))
     return 2 * (1 - momentum**2) / (1 - momentum * (2 * p - 1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -213,7 +214,7 @@ def test_rounds_get_shorter_as_messages_do() -> None:
     assert small < first / 3
     length = -(-12 * small // first)
     assert sent[:3] == [12, 24, 36]  # what the second round showed is known when it has landed, in the third
-    assert {b - a for a, b in zip(sent[3:], sent[4:], strict=False)} == {length}
+    assert {b - a for a, b in pairwise(sent[3:])} == {length}
     assert sent[3] - sent[2] == length
     held = shrinking(least=5).run(60)
     assert held.engines[0].runners[0].rounds == 3 + (60 - 36) // 5

@@ -292,6 +292,9 @@ def test_option_mean_is_exact_with_adam() -> None:
 def test_displacements_of_momentum_are_refused(inner: object) -> None:
     with pytest.raises(ValueError, match=r"SGD without momentum.*the inner optimizer keeps"):
         mosaic_simulation(scaffold(2), 2, inner).run(2)  # type: ignore[arg-type]
+    for plan in (plans.scaffold(2), plans.scallion(sync_every=2), plans.scafcom(sync_every=2)):
+        with pytest.raises(ValueError, match=r"^Scaffold: reads.*SGD without momentum.*the inner optimizer keeps"):
+            mosaic_simulation(plan, 2, inner).run(2)  # type: ignore[arg-type]
 
 
 def test_learning_rates_that_change_within_a_round_are_summed() -> None:

@@ -13,6 +13,7 @@ from lightning_dopt import Every, HeavyBall, Identity, Plan, RandomPairs, Sync, 
 from lightning_dopt.forecast import forecast
 from lightning_dopt.outer import GossipMomentum
 from lightning_dopt.stability import pairs_bound
+from lightning_dopt.topology import RandomGroups
 
 
 @pytest.mark.parametrize("n", [2, 5, 8])
@@ -28,6 +29,24 @@ def test_it_follows_its_pseudo_code_with_both_tensors(n: int, alpha: float, beta
             w = RandomPairs(4).matrix(n, step // 3 - 1)
             w = torch.as_tensor(w, dtype=torch.float64)
             d = alpha * d - beta * (w @ (anchor - x)) - gamma * (anchor - w @ anchor)
+            anchor = anchor + d
+            x = anchor.clone()
+        close(live[step], x)
+
+
+@pytest.mark.parametrize(("n", "group"), [(8, 3), (8, 4), (7, 3), (4, 4)])
+def test_larger_groups_follow_the_same_pseudo_code(n: int, group: int) -> None:
+    """Eight ranks in threes leave a pair, seven leave one that idles; four in fours are everybody."""
+    problem = Quadratics(p2().A[:n], p2().c[:n])
+    live = path(problem, plans.noloco(3, 0.4, 0.7, 0.5, seed=4, group=group), 24, 0.1)
+    x, anchor, d = (torch.zeros(n, 5, dtype=torch.float64) for _ in range(3))
+    for step in range(1, 25):
+        x = x - 0.1 * torch.stack([problem.gradient(i, x[i]) for i in range(n)])
+        if step % 3 == 0:
+            w = torch.as_tensor(RandomGroups(group, 4).matrix(n, step // 3 - 1), dtype=torch.float64)
+            sizes = sorted(int(c) for c in (w > 0).sum(1))
+            assert sizes == sorted(size for size in [group] * (n // group) + [n % group] for _ in range(size))
+            d = 0.4 * d - 0.7 * (w @ (anchor - x)) - 0.5 * (anchor - w @ anchor)
             anchor = anchor + d
             x = anchor.clone()
         close(live[step], x)
@@ -54,16 +73,16 @@ def test_the_mean_follows_heavy_ball_diloco_whatever_the_pull(gamma: float) -> N
 
 
 @pytest.mark.filterwarnings("ignore:Sync")
-@pytest.mark.parametrize("alpha", [0.5, 0.9])
-def test_replicas_stay_together_up_to_the_bound(alpha: float) -> None:
+@pytest.mark.parametrize(("alpha", "group"), [(0.5, 2), (0.9, 2), (0.9, 4)])
+def test_replicas_stay_together_up_to_the_bound(alpha: float, group: int) -> None:
     """No gradients, 16 workers, averaged over coordinates: the squared distance shrinks below the bound only."""
     start = torch.randn(16, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     still = Quadratics(torch.zeros(16, 1, 1).expand(16, 200, 200), start)
     still.backward = lambda rank, parameters, step: None  # type: ignore[method-assign]
-    bound = pairs_bound(alpha, 16)
+    bound = pairs_bound(alpha, 16, group)
 
     def growth(gamma: float) -> float:
-        sim = still.simulate(plans.noloco(1, alpha, 0.3, gamma), 0.1, start).run(40)
+        sim = still.simulate(plans.noloco(1, alpha, 0.3, gamma, group=group), 0.1, start).run(40)
         early = sim.distance()
         return sim.run(80).distance() / early
 

@@ -114,6 +114,14 @@ def test_momentum_before_the_compressor_and_in_the_optimizer_is_refused(plan: Pl
     assert re.search(r"(DGC|GMF)\(.*with SGD\(momentum=\.\.\.\): momentum would be applied twice", error)
 
 
+def test_displacements_of_momentum_or_adam_are_refused_at_the_start() -> None:
+    for optimizer in (lambda ps: torch.optim.SGD(ps, lr=LR, momentum=0.9), lambda ps: torch.optim.AdamW(ps, lr=LR)):
+        (error,) = said(plans.scaffold(), optimizer)
+        name = type(optimizer([torch.zeros(1)])).__name__
+        assert re.fullmatch(rf"Scaffold: reads .*plans.scaffold\(option='mean'\); the inner optimizer is {name}", error)
+    assert not [line for line in said(plans.scaffold(), lambda ps: torch.optim.SGD(ps, lr=LR)) if "Scaffold" in line]
+
+
 def test_optimizers_that_divide_by_the_size_of_gradients_warn_and_plain_sgd_does_not() -> None:
     adam = said(plans.dgc(), lambda ps: torch.optim.AdamW(ps, lr=LR))
     assert any(re.search(r"DGC\(.*with AdamW: has its momentum before the compressor; use plain SGD", w) for w in adam)

@@ -54,6 +54,15 @@ class Correction(Part, ABC):
     def check_size(self, plan: Plan, n: int) -> None:
         """Raise ``ValueError`` in one line if the plan's topologies do not suit the correction with ``n`` workers."""
 
+    def suits(self, momentum: bool, adaptive: bool) -> str | None:
+        """What to change if inner optimizers of that kind are none that it can work with, ``None`` if they are.
+
+        Args:
+            momentum: Whether the inner optimizer steps along earlier gradients, too.
+            adaptive: Whether it scales each element of a gradient by what it has seen.
+        """
+        return None
+
     @abstractmethod
     def bind(self, context: Context) -> BoundCorrection:
         """Prepare for work in one replica."""

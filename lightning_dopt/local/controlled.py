@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Option = Literal["I", "II", "mean"]
 
 
+_ADVICE = "ControlVariate(option='II'): use option='mean', or SGD without momentum"
+
+
 class ControlVariate(Correction):
     """Local steps with ``g - c_i + c``, where ``c_i`` estimates rank ``i``'s gradient and ``c`` that of all.
 
@@ -34,7 +37,8 @@ class ControlVariate(Correction):
             as ``"II"`` with SGD at a constant rate, and right with any inner optimizer. The last two keep one more vector.
 
     Raises:
-        ValueError: an unknown option; from the plan, syncs that do not suit; at the first round, ``"II"`` with an inner
+        ValueError: an unknown option; from the plan, syncs that do not suit; at the start under Lightning, or
+            else at the first round, ``"II"`` with an inner
             optimizer that has momentum or adapts.
 
     Source: Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", arXiv 1910.06378,
@@ -56,6 +60,10 @@ class ControlVariate(Correction):
             raise ValueError(
                 "ControlVariate: needs one sync of what='tracker' with the same when and peers, after that of the parameters"
             )
+
+    def suits(self, momentum: bool, adaptive: bool) -> str | None:
+        """See :meth:`Correction.suits`."""
+        return _ADVICE if self.option == "II" and (momentum or adaptive) else None
 
     def bind(self, context: Context) -> BoundCorrection:
         """See :meth:`Correction.bind`."""
@@ -115,7 +123,7 @@ class _BoundControlVariate(Controlled):
         k = index(self.context.lanes, lane)
         change = self.messages[index(self.messages, lane)].live
         if self.option == "II":
-            self.refuse_moments("ControlVariate(option='II'): use option='mean', or SGD without momentum")
+            self.refuse_moments(_ADVICE)
             self.per_rate(lane, change.copy_(message)).sub_(self.common[k])
         else:
             count = int(self.steps) if self.option == "mean" else 1

@@ -88,9 +88,18 @@ class Displaced(BoundCorrection):
         Raises:
             ValueError: the optimizer has such a state.
         """
-        for key in MOMENTS[:-1]:
-            if moment(self.context, self._names[0], key) is not None:
-                raise ValueError(f"{message}: the inner optimizer keeps {key!r}")
+        refuse_moments(self.context, self._names[0], message)
+
+
+def refuse_moments(context: Context, name: str, message: str) -> None:
+    """Refuse inner optimizers that remember gradients of the parameter ``name``.
+
+    Raises:
+        ValueError: the optimizer has such a state.
+    """
+    for key in MOMENTS[:-1]:
+        if moment(context, name, key) is not None:
+            raise ValueError(f"{message}: the inner optimizer keeps {key!r}")
 
 
 def moment(context: Context, name: str, key: str) -> Tensor | None:

@@ -13,10 +13,14 @@ from lightning_dopt.apply import Blocking
 from lightning_dopt.compress.base import Compressor
 from lightning_dopt.local.base import BoundCorrection, Context, Correction
 from lightning_dopt.local.control_variate import gradients, index, zeros
+from lightning_dopt.local.rounds import refuse_moments
 from lightning_dopt.slots import Lane
 
 if TYPE_CHECKING:
     from lightning_dopt.plan import Plan
+
+
+_ADVICE = "Scaffold: reads gradients off displacements; use SGD without momentum, or plans.scaffold(option='mean')"
 
 
 class Scaffold(Correction):
@@ -40,7 +44,8 @@ class Scaffold(Correction):
         beta: Share of the new gradient in the one that is learnt, in (0, 1].
 
     Raises:
-        ValueError: a number out of range; from the plan, anything but one sync of the parameters by ``delta`` over the
+        ValueError: a number out of range; at the start under Lightning, or else at the first round, an inner optimizer with
+            momentum or one that adapts; from the plan, anything but one sync of the parameters by ``delta`` over the
             complete graph with a compressor of whole vectors and no memory.
 
     Source: Karimireddy et al., "SCAFFOLD", arXiv 1910.06378, algorithm 1; Huang, Li, Li, "Stochastic Controlled Averaging
@@ -66,6 +71,10 @@ class Scaffold(Correction):
             )
         if syncs[0].apply != Blocking() or not syncs[0].combine.linear:
             raise ValueError(f"Sync(apply={syncs[0].apply!r}): Scaffold needs Blocking() and combine=Mixing()")
+
+    def suits(self, momentum: bool, adaptive: bool) -> str | None:
+        """See :meth:`Correction.suits`."""
+        return _ADVICE if momentum or adaptive else None
 
     def bind(self, context: Context) -> BoundCorrection:
         """See :meth:`Correction.bind`."""
@@ -100,6 +109,7 @@ class _BoundScaffold(BoundCorrection):
     def publish(self, slot: str, lane: Lane, message: Tensor) -> None:
         if not self.speaks:
             return
+        refuse_moments(self.context, lane.fields[0].name, _ADVICE)
         k = index(self.context.lanes, lane)
         for field, part, mean in zip(lane.fields, lane.views(message), lane.views(self.mean[k]), strict=True):
             rate = float(self.rates[self._place[field.name]])

@@ -11,7 +11,7 @@ from lightning_dopt.outer import GossipMomentum
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.plans.gossip import value_codec
 from lightning_dopt.schedules import Every
-from lightning_dopt.topology import RandomPairs
+from lightning_dopt.topology import RandomGroups, RandomPairs
 
 
 def noloco(
@@ -24,6 +24,7 @@ def noloco(
     pattern: Pattern = "strided",
     codec: Codec | None = None,
     seed: int = 0,
+    group: int = 2,
 ) -> Plan:
     """Every ``sync_every`` steps a rank meets one other, drawn anew from the shared seed; bytes do not grow with the workers.
 
@@ -43,6 +44,7 @@ def noloco(
         codec: What is on the wire; a lossy compressor is wrapped in ``Difference``, which keeps two copies for every
             other worker, as pairs change.
         seed: Of the pairs.
+        group: Ranks that meet; more than two each hear all others of their group, at as many messages.
 
     Raises:
         ValueError: an option out of range.
@@ -56,6 +58,7 @@ def noloco(
     check_int("noloco", "fragments", fragments, 1)
     check_int("noloco", "overlap", overlap, 0)
     check_int("noloco", "seed", seed, 0)
+    check_int("noloco", "group", group, 2)
     if max(fragments, overlap + 1) > sync_every:
         raise ValueError(
             f"noloco(sync_every={sync_every}, fragments={fragments}, overlap={overlap}): needs a step for every fragment and a "
@@ -68,7 +71,7 @@ def noloco(
                 Fragment(p, fragments, pattern) if fragments > 1 else "parameters",
                 "value",
                 value_codec(codec if codec is not None else Identity()),
-                RandomPairs(seed + p),
+                RandomPairs(seed + p) if group == 2 else RandomGroups(group, seed + p),
                 outer=GossipMomentum(alpha, beta, gamma),
                 apply=Delay(overlap) if overlap else Blocking(),
             )

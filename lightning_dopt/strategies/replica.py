@@ -217,6 +217,7 @@ class ReplicaStrategy(Collectives):
             self.pacer = Pacer(self.pace, self.engine)
         check_two_passes(self.engine, module, trainer)
         start.check_momentum(self.plan, inner)
+        start.refuse_optimizers(self.plan, inner)
         start.warn_of_lost_weights(self.plan, inner, trainer.gradient_clip_val)
         self._checkpoints.begin()
         self._undo_quiet = StopSignal(trainer, self.engine.meets, self._told_by_zero).undo

@@ -106,6 +106,21 @@ def check_momentum(plan: Plan, inner: list[Optimizer]) -> None:
             )
 
 
+def refuse_optimizers(plan: Plan, inner: list[Optimizer]) -> None:
+    """Refuse inner optimizers whose steps a correction of the plan would misread.
+
+    Raises:
+        ValueError: there is one, with what to change.
+    """
+    for optimizer in inner:
+        momentum = any(group.get("momentum", 0) for group in optimizer.param_groups)
+        adaptive = any(key in group for group in optimizer.param_groups for key in ("betas", "eps"))
+        for correction in plan.corrections:
+            advice = correction.suits(momentum, adaptive)
+            if advice is not None:
+                raise ValueError(f"{advice}; the inner optimizer is {type(optimizer).__name__}")
+
+
 def warn_of_lost_weights(plan: Plan, inner: list[Optimizer], clip: float | None) -> None:
     """Warn where the optimizer or clipping undoes the weights of the losses."""
     if any(isinstance(c, LossWeights) for c in plan.corrections):

@@ -14,7 +14,7 @@ from lightning_dopt.topology.dynamic import (
 )
 from lightning_dopt.topology.equi import DEquiStatic, ODEquiDyn, OUEquiDyn, UEquiStatic
 from lightning_dopt.topology.exponential import DirectedRing, Exponential, OnePeerExponential
-from lightning_dopt.topology.federated import Groups, Permute, Sample
+from lightning_dopt.topology.federated import Groups, Permute, RandomGroups, Sample
 from lightning_dopt.topology.finite_time import BaseGraph, HyperHypercube, MoshpitGrid
 from lightning_dopt.topology.from_file import FromFile
 from lightning_dopt.topology.hierarchical import Hierarchical
@@ -67,6 +67,7 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: contract, graphs, wrappe
     "HyperHypercube",
     "BaseGraph",
     "MoshpitGrid",
+    "RandomGroups",
     "RandomPairs",
     "RoundRobin",
     "AlternatingRing",

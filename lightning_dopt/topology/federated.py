@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from lightning_dopt._checks import check_float, check_int
 from lightning_dopt.topology._graph import random_bits
 from lightning_dopt.topology.base import Topology
@@ -139,6 +141,57 @@ class Groups(Topology):
     def is_mean(self, n: int) -> bool:
         """Whether there is one group."""
         return len(self.members) == 1
+
+
+class RandomGroups(Topology):
+    """Each round fresh random groups of ``size`` ranks, which all take the mean of their group.
+
+    What the number of workers leaves over is one smaller group; a single rank keeps its value. The draw depends on
+    ``(seed, round)`` alone. Every matrix is symmetric, doubly stochastic and a projection. Groups of two are
+    :class:`~lightning_dopt.topology.RandomPairs`.
+
+    Args:
+        size: Ranks in a group, at least 2.
+        seed: Selects the draws, at least 0.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: the groups of Kolehmainen et al., "NoLoCo", arXiv 2506.10911.
+    """
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size = check_int("RandomGroups", "size", size, 2)
+        self.seed = check_int("RandomGroups", "seed", seed, 0)
+
+    def group(self, n: int, rank: int, step: int) -> list[int]:
+        """The ranks that ``rank`` meets in round ``step``, itself included, ascending."""
+        return _random_groups(self.seed, self.size, n, step)[rank]
+
+    def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
+        """The same weight for everybody in the group."""
+        group = self.group(n, rank, step)
+        return dict.fromkeys(group, 1.0 / len(group))
+
+    def period(self, n: int) -> int | None:
+        """``None``, or 1 where one group holds everybody."""
+        return 1 if n <= self.size else None
+
+    def max_degree(self, n: int) -> int:
+        """The others of a group."""
+        return min(self.size, n) - 1
+
+    def is_mean(self, n: int) -> bool:
+        """Whether one group holds everybody."""
+        return n <= self.size
+
+
+@lru_cache(maxsize=256)
+def _random_groups(seed: int, size: int, n: int, step: int) -> dict[int, list[int]]:
+    """The group of every rank: order the ranks by a random key each and cut."""
+    order = sorted(range(n), key=lambda rank: (random_bits(seed, step, rank), rank))
+    groups = [sorted(order[start : start + size]) for start in range(0, n, size)]
+    return {rank: group for group in groups for rank in group}
 
 
 class Permute(Topology):
