@@ -245,6 +245,16 @@ class Engine:
         return step % 32 == 0
 
     @property
+    def sent_rounds(self) -> int:
+        """How many rounds the busiest sync has sent."""
+        return max((runner.rounds for runner in self._all_runners()), default=0)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no message is in flight."""
+        return not any(lane.flights for runner in self._all_runners() for lane in runner.lanes)
+
+    @property
     def begun(self) -> bool:
         """Whether the coming step's :meth:`before_step` has run, or no sync needs it."""
         return self._begun or all(getattr(r.sync.apply, "order", "atc") == "atc" for r in self.runners)

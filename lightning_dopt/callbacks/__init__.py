@@ -1,5 +1,6 @@
 """Callbacks beside the strategies."""
 
 from lightning_dopt.callbacks.mergeability import Mergeability
+from lightning_dopt.callbacks.restart_points import RestartPoints
 
-__all__ = ["Mergeability"]
+__all__ = ["Mergeability", "RestartPoints"]

@@ -68,6 +68,12 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return getattr(optimizer, "_optimizer", optimizer)
 
 
+def dump_checkpoint(trainer: Any) -> dict[str, Any]:
+    """The whole checkpoint that ``Trainer.save_checkpoint`` would write, which has no public name by itself."""
+    checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    return checkpoint
+
+
 def with_weights(checkpoint: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint like this one, but of a model with these weights.
 

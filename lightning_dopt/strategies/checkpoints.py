@@ -35,6 +35,7 @@ class ReplicaCheckpoints:
         self._final: State | None = None
         self._consensus: State | None = None
         self._running = False
+        self._alone = False
 
     @property
     def restored(self) -> bool:
@@ -72,6 +73,8 @@ class ReplicaCheckpoints:
     def state_dict(self) -> State:
         """The consensus model's state dict, after ``fit`` as of its end. Collective during ``fit``."""
         s = self.strategy
+        if self._alone:
+            return self._state_dict()
         if self._consensus is not None:
             return dict(self._consensus)
         done = s.interrupted or self._final is not None
@@ -115,6 +118,20 @@ class ReplicaCheckpoints:
         s.barrier("replicas saved")
         return tag
 
+    def own_checkpoint(self) -> State:
+        """This replica's whole checkpoint, copied into the memory of the host; no other rank is asked for anything."""
+        s = self.strategy
+        assert s.consensus is not None
+        own = self._own_state()
+        self._alone = True
+        try:
+            with s.consensus.own():
+                mine = _private.dump_checkpoint(s.lightning_module.trainer)  # type: ignore[union-attr]
+        finally:
+            self._alone = False
+        mine = _private.with_weights(mine, own.pop("state_dict"))
+        return {**copied(mine, "cpu"), replica_files.KEY: own}
+
     def _own_state(self) -> State:
         """What this replica needs beyond an ordinary checkpoint, as of now."""
         s, engine = self.strategy, self.strategy.engine
@@ -153,7 +170,7 @@ class ReplicaCheckpoints:
         s = self.strategy
         if s.lightning_module is None or s.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             self._final = self._consensus = None  # the module will no longer hold what training ended with
-            return main
+            return main if pointer is None or "means" not in pointer else self._mean(path, pointer, read)
         if pointer is None:
             return main
         tag, size = str(pointer["replicas"]), int(pointer["world_size"])
@@ -162,7 +179,7 @@ class ReplicaCheckpoints:
                 f"{path} was written by {size} workers, this run has {s.world_size}: all start from the consensus "
                 "model with rank 0's optimizer state; anchors, memories, corrections, random states and data position start anew"
             )
-            return main
+            return main if "means" not in pointer else self._mean(path, pointer, read)
         absent = replica_files.missing(path, tag, size)
         if absent:
             rank_zero_warn(
@@ -176,6 +193,15 @@ class ReplicaCheckpoints:
         if self._running:  # tuners save and restore in the middle of a fit
             self.restore_engine()
         return mine
+
+    def _mean(self, path: Any, pointer: State, read: Callable[[Any], State]) -> State:
+        """The checkpoint of the mean of all replicas, of which only the replicas' own files are there."""
+        tag, size = str(pointer["replicas"]), int(pointer["world_size"])
+        files = [replica_files.file(path, tag, rank, size) for rank in range(size)]
+        first = _readable(files[0], read)
+        first.pop(replica_files.KEY)
+        states = (_readable(f, read)["state_dict"] for f in files)
+        return ordinary({**first, "state_dict": replica_files.mean(states, pointer["means"])})
 
     def restore_engine(self) -> None:
         """Give the engine the state that :meth:`load` read, if any.
@@ -213,12 +239,12 @@ def _readable(path: Any, read: Callable[[Any], State]) -> State:
         raise ValueError(f"cannot read the checkpoint {path}: {reason}") from error
 
 
-def copied(value: Any) -> Any:
-    """A deep copy of tensors in nested dictionaries and lists, everything else as it is."""
+def copied(value: Any, device: str | None = None) -> Any:
+    """A deep copy of tensors in nested dictionaries and lists (on ``device``), everything else as it is."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.detach().to(device, copy=True) if device is not None else value.detach().clone()
     if isinstance(value, dict):
-        return {k: copied(v) for k, v in value.items()}
+        return {k: copied(v, device) for k, v in value.items()}
     if isinstance(value, list):
-        return [copied(v) for v in value]
+        return [copied(v, device) for v in value]
     return value

@@ -170,6 +170,7 @@ class ReplicaStrategy(Collectives):
         Raises:
             SyncError: not all processes came within ``timeout``.
         """
+        start.warn_of_stale_addresses()
         with failure.meeting(self, self.timeout):
             super().setup_environment()
             if self.world is None:
@@ -366,6 +367,10 @@ class ReplicaStrategy(Collectives):
         """One complete file per replica, then the main file with the consensus model, then removal of older replicas."""
         write = super().save_checkpoint
         self._checkpoints.save(checkpoint, filepath, lambda c, p: write(c, p, storage_options), storage_options)
+
+    def own_checkpoint(self) -> dict[str, Any]:
+        """This replica's whole checkpoint within ``fit``, in host memory, made without talking to anybody."""
+        return self._checkpoints.own_checkpoint()
 
     def load_checkpoint(self, checkpoint_path: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """This replica's own checkpoint when training is resumed; the consensus model otherwise.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -18,6 +19,19 @@ from lightning_dopt.local.loss_weights import LossWeights, warn_if_scale_free
 from lightning_dopt.plan import Plan
 from lightning_dopt.strategies import _private
 from lightning_dopt.strategies.optimizers import OptimizerIndex
+
+
+def warn_of_stale_addresses() -> None:
+    """Warn if workers that torchrun starts again may find the addresses of those before them, whom nobody answers for.
+
+    The store that torchrun's agent serves outlives the workers, with all they have written into it (torch 2.5 and later).
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank_zero_warn(
+            f"torchrun --max-restarts={restarts}: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started, or workers "
+            "that are started again may look for the ones before them"
+        )
 
 
 def share_start(module: nn.Module) -> None:
