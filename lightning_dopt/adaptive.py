@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -10,12 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dopt._checks import check_float
+from lightning_dopt.optim.per_tensor import PerTensor
 from lightning_dopt.outer import Outer
 
 Rule = Literal["adagrad", "adam", "yogi"]
 
 
-class ServerOptimizer(Optimizer):
+class ServerOptimizer(PerTensor):
     """The optimizer behind :class:`FedAdagrad`, :class:`FedAdam` and :class:`FedYogi`.
 
     ``m <- beta1 m + (1 - beta1) g``, ``v`` by the rule, ``a <- a - lr m / (sqrt(v) + tau)``: no bias correction, and ``v``
@@ -35,15 +35,7 @@ class ServerOptimizer(Optimizer):
         self.rule = rule
         super().__init__(parameters, {"lr": lr, "beta1": beta1, "beta2": beta2, "tau": tau})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step of every anchor that has a gradient; ``closure`` is not called."""
-        for group in self.param_groups:
-            for a in group["params"]:
-                if a.grad is not None:
-                    self._move(a, a.grad, group)
-
-    def _move(self, a: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+    def _step(self, a: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         state, tau, keep = self.state[a], group["tau"], group["beta2"]
         if not state:
             state["m"], state["v"] = torch.zeros_like(a), torch.full_like(a, tau**2)

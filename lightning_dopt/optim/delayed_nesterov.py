@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_dopt._checks import check_float, check_int
+from lightning_dopt.optim.per_tensor import PerTensor
 
 
-class DelayedNesterov(Optimizer):
+class DelayedNesterov(PerTensor):
     """Every gradient ``g`` counts ``1 / N`` at once; the momentum takes in ``N`` of them at a time.
 
     ``acc <- acc + g``. For every ``N``-th gradient ``m <- mu m + acc / N``, ``x <- x - lr ((1 - c N + c) mu m + g / N)``,
@@ -47,19 +47,6 @@ class DelayedNesterov(Optimizer):
         check_int("DelayedNesterov", "delay", delay, 1)
         check_float("DelayedNesterov", "spread", spread, 0.0, 1.0 / delay)
         super().__init__(params, {"lr": lr, "momentum": momentum, "delay": delay, "spread": spread})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; a ``closure`` is called first, with gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, p.grad, group)
-        return loss
 
     def _step(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_dopt._checks import check_flag, check_float, check_int
+from lightning_dopt.optim.per_tensor import PerTensor
 
 
-class FrozenScaling(Optimizer):
+class FrozenScaling(PerTensor):
     """``x <- x - lr g / max(floor, D)`` in every coordinate; ``D`` changes once every ``every`` steps.
 
     Before the first change ``D = 1``. At a change ``D^2 <- beta D^2 + (1 - beta) S^2``, or without ``squared``
@@ -50,19 +50,6 @@ class FrozenScaling(Optimizer):
         check_float("FrozenScaling", "floor", floor, 0.0, open_low=True)
         check_flag("FrozenScaling", "squared", squared)
         super().__init__(params, {"lr": lr, "every": every, "beta": beta, "floor": floor, "squared": squared})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; a ``closure`` is called first, with gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, p.grad, group)
-        return loss
 
     def _step(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, every = self.state[p], group["every"]

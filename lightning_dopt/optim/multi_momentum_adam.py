@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_dopt._checks import check_choice, check_flag, check_float
+from lightning_dopt.optim.per_tensor import PerTensor
 
 
-class MultiMomentumAdam(Optimizer):
+class MultiMomentumAdam(PerTensor):
     """``x <- x - lr ((1 - sum w_j) g + sum w_j u_j) / (sqrt(v) + eps)`` with ``u_j <- beta_j u_j + (1 - beta_j) g``.
 
     A slow momentum (``beta`` 0.99 to 0.999) outlasts many steps without communication, the share ``1 - sum w_j`` of the
@@ -81,19 +81,6 @@ class MultiMomentumAdam(Optimizer):
                 "base": base,
             },
         )
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; a ``closure`` is called first, with gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, p.grad, group)
-        return loss
 
     def _step(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, beta2 = self.state[p], group["beta2"]

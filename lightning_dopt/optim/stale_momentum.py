@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_dopt._checks import check_flag, check_float
+from lightning_dopt.optim.per_tensor import PerTensor
 
 _DECAY = 0.9
 
 
-class StaleMomentum(Optimizer):
+class StaleMomentum(PerTensor):
     """``m <- clamp(mu m + g / L, -clip, clip)``, ``x <- x - lr m``, for a gradient ``g`` that was taken one step ago.
 
     ``L >= 1`` is the staleness gap penalty: ``penalty`` itself, times, if ``gap_aware``, ``1 + |x - x_before| / size`` in every
@@ -54,19 +54,6 @@ class StaleMomentum(Optimizer):
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "clip": clip, "penalty": penalty, "gap_aware": gap_aware}
         )
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; a ``closure`` is called first, with gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, p.grad, group)
-        return loss
 
     def _step(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
