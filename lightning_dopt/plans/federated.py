@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning_dopt._checks import check_float, check_int
 from lightning_dopt.adaptive import FedAdagrad, FedAdam, FedYogi
 from lightning_dopt.compress import Identity
@@ -63,31 +65,27 @@ def fedavg(
 
     Source: McMahan et al., arXiv 1602.05629, algorithm 1.
     """
-    check_int("fedavg", "sync_every", sync_every, 1)
-    return _averaging("fedavg", sync_every, fraction, counts, outer, codec, restart, match, seed, [])
+    peers = clients("fedavg", fraction, counts, seed)
+    return averaging("fedavg", sync_every, peers, outer, codec, restart, match)
 
 
-def _averaging(
+def averaging(
     owner: str,
     sync_every: int,
-    fraction: float,
-    counts: list[int] | None,
-    outer: Outer | None,
-    codec: Codec | None,
-    restart: bool,
-    match: str,
-    seed: int,
-    corrections: list[Correction],
+    peers: Topology,
+    outer: Outer | None = None,
+    codec: Codec | None = None,
+    restart: bool = True,
+    match: str = "*",
+    corrections: Sequence[Correction] = (),
 ) -> Plan:
+    """What all plans of this page are: rounds of local steps from a shared anchor, which moves by their mean change.
+
+    Raises:
+        ValueError: ``sync_every`` below 1, naming the plan ``owner``.
+    """
     check_int(owner, "sync_every", sync_every, 1)
-    sync = Sync(
-        when=Every(sync_every),
-        what=Parameters(match),
-        signal="delta",
-        codec=change_codec(codec),
-        peers=clients(owner, fraction, counts, seed),
-        outer=outer,
-    )
+    sync = Sync(Every(sync_every), Parameters(match), "delta", change_codec(codec), peers, outer=outer)
     return Plan([sync], [*corrections, *([Restart()] if restart else [])])
 
 
@@ -115,8 +113,9 @@ def fedadagrad(
     Source: Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295.
     """
     check_float("fedadagrad", "outer_lr", outer_lr, 0.0, open_low=True)
-    outer = FedAdagrad(outer_lr, tau=tau)
-    return _averaging("fedadagrad", sync_every, fraction, counts, outer, None, True, "*", seed, [])
+    return averaging(
+        "fedadagrad", sync_every, clients("fedadagrad", fraction, counts, seed), FedAdagrad(outer_lr, tau=tau)
+    )
 
 
 def fedadam(
@@ -147,8 +146,9 @@ def fedadam(
     Source: Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295.
     """
     check_float("fedadam", "outer_lr", outer_lr, 0.0, open_low=True)
-    outer = FedAdam(outer_lr, beta1, beta2, tau)
-    return _averaging("fedadam", sync_every, fraction, counts, outer, None, True, "*", seed, [])
+    return averaging(
+        "fedadam", sync_every, clients("fedadam", fraction, counts, seed), FedAdam(outer_lr, beta1, beta2, tau)
+    )
 
 
 def fedyogi(
@@ -179,8 +179,9 @@ def fedyogi(
     Source: Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295.
     """
     check_float("fedyogi", "outer_lr", outer_lr, 0.0, open_low=True)
-    outer = FedYogi(outer_lr, beta1, beta2, tau)
-    return _averaging("fedyogi", sync_every, fraction, counts, outer, None, True, "*", seed, [])
+    return averaging(
+        "fedyogi", sync_every, clients("fedyogi", fraction, counts, seed), FedYogi(outer_lr, beta1, beta2, tau)
+    )
 
 
 def fedprox(
@@ -209,7 +210,8 @@ def fedprox(
     Source: Li et al., "Federated Optimization in Heterogeneous Networks", arXiv 1812.06127.
     """
     check_float("fedprox", "mu", mu, 0.0)
-    return _averaging("fedprox", sync_every, fraction, counts, outer, codec, True, "*", seed, [Proximal(mu)])
+    peers = clients("fedprox", fraction, counts, seed)
+    return averaging("fedprox", sync_every, peers, outer, codec, corrections=[Proximal(mu)])
 
 
 def apfl(
@@ -235,4 +237,4 @@ def apfl(
 
     Source: Deng, Kamani, Mahdavi, "Adaptive Personalized Federated Learning", arXiv 2003.13461.
     """
-    return _averaging("apfl", sync_every, fraction, counts, None, None, True, match, seed, [])
+    return averaging("apfl", sync_every, clients("apfl", fraction, counts, seed), match=match)
