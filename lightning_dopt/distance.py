@@ -15,19 +15,19 @@ BUCKETS = 256
 """Numbers in a sketch; the relative error of a squared distance is about ``sqrt(2 / BUCKETS)``."""
 
 
-def sketch(lanes: Sequence[Lane], seed: int) -> Tensor:
-    """A linear map of a replica to ``BUCKETS`` numbers that keeps squared norms on average (a count sketch).
+def sketch(vectors: Sequence[Tensor], seed: int) -> Tensor:
+    """A linear map of the vectors of a replica to ``BUCKETS`` numbers that keeps squared norms on average (a count sketch).
 
     Every coordinate gets a random sign and is added to a bucket. With the same seed all ranks use the same map.
     """
-    device = lanes[0].live.device
+    device = vectors[0].device
     total = torch.zeros(BUCKETS, dtype=torch.float64, device=device)
-    for k, lane in enumerate(lanes):
-        generator = torch.Generator(device).manual_seed(key(seed, k))
-        rows = -(-lane.numel // BUCKETS)
-        signed = torch.zeros(rows * BUCKETS, dtype=lane.message_dtype, device=device)
-        signs = torch.randint(0, 2, (lane.numel,), generator=generator, dtype=torch.int8, device=device)
-        torch.mul(lane.live, signs.mul_(2).sub_(1), out=signed[: lane.numel])
+    for k, vector in enumerate(vectors):
+        generator, d = torch.Generator(device).manual_seed(key(seed, k)), vector.numel()
+        rows = -(-d // BUCKETS)
+        signed = torch.zeros(rows * BUCKETS, dtype=torch.promote_types(vector.dtype, torch.float32), device=device)
+        signs = torch.randint(0, 2, (d,), generator=generator, dtype=torch.int8, device=device)
+        torch.mul(vector, signs.mul_(2).sub_(1), out=signed[:d])
         total += signed.view(rows, BUCKETS).sum(0, dtype=torch.float64)
     return total
 
@@ -39,10 +39,20 @@ def sketched_distance(
 
     One all-reduce of ``BUCKETS + 1`` numbers in double precision, counted as overhead.
     """
-    mine = sketch(lanes, seed)
+    mine = sketch([lane.live for lane in lanes], seed)
     message = torch.cat([mine, mine.square().sum().view(1)])
     if world.size > 1:
         message = yield world.all_reduce(message, label, overhead=True)
         message = message / world.size
     squared_norm = float(message[:-1].square().sum())
     return max(0.0, float(message[-1]) - squared_norm) ** 0.5, squared_norm**0.5
+
+
+def gathered_sketches(vectors: Sequence[Tensor], world: World, seed: int, label: str) -> Talk[Tensor]:
+    """The sketches of all ranks, shape (n, ``BUCKETS``) in float64 on the CPU, the same on all ranks."""
+    mine = sketch(vectors, seed).cpu()
+    if world.size == 1:
+        return mine[None]
+    device = vectors[0].device
+    rows = yield world.all_gather(mine.view(torch.uint8).to(device), label)
+    return torch.stack([row.cpu().view(torch.float64) for row in rows])

@@ -1,6 +1,7 @@
 """Callbacks beside the strategies."""
 
+from lightning_dopt.callbacks.adaptive_batch import AdaptiveBatch
 from lightning_dopt.callbacks.mergeability import Mergeability
 from lightning_dopt.callbacks.restart_points import RestartPoints
 
-__all__ = ["Mergeability", "RestartPoints"]
+__all__ = ["AdaptiveBatch", "Mergeability", "RestartPoints"]

@@ -1,5 +1,6 @@
 """Published methods, each a small function that returns a :class:`~lightning_dopt.Plan`."""
 
+from lightning_dopt.plans.adloco import adloco
 from lightning_dopt.plans.beer import beer
 from lightning_dopt.plans.co2 import co2
 from lightning_dopt.plans.compressed_ddp import compressed_ddp
@@ -52,6 +53,7 @@ __all__ = [  # noqa: RUF022  (by family)
     "dilocox",
     "noloco",
     "co2",
+    "adloco",
     "desloc",
     "mt_dao",
     "savic",
