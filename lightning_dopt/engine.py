@@ -228,7 +228,7 @@ class Engine:
         step = self.step + 1 if step is None else step
         if any(self.gradients):
             return True
-        waiting = any(lane.due(step) for r in self.runners for lane in r.lanes)
+        waiting = any(lane.due(step) or lane.hop_due(step) for r in self.runners for lane in r.lanes)
         return waiting or any(self._may_be_due(r.sync, step) for r in [*self.between, *self.runners])
 
     def meets(self, step: int | None = None) -> bool:

@@ -41,6 +41,10 @@ class Flight:
         self.sent: Tensor | None = None
         self.buffers: list[Tensor] = []
         self._talk = talk
+        self.hops = 1
+        """How many times somebody has to wait until it has landed."""
+        self.done = 0
+        """How many of these are behind it."""
         self._pending: Pending | None = None
         self._result: Tensor | None = None
 
@@ -51,16 +55,28 @@ class Flight:
         except StopIteration as stop:
             self._result = stop.value
 
+    @property
+    def landed(self) -> bool:
+        """Whether the result is there."""
+        return self._result is not None
+
     def finish(self) -> Talk[Tensor]:
         """Wait for the rest and return the combined result; calling it again returns the same."""
         while self._result is None:
-            assert self._pending is not None
-            answer = yield self._pending
-            try:
-                self._pending = self._talk.send(answer)
-            except StopIteration as stop:
-                self._result = stop.value
+            yield from self.advance()
         return self._result
+
+    def advance(self) -> Talk[None]:
+        """Wait for what is under way and send what follows from it, if anything does."""
+        if self._result is not None:
+            return
+        assert self._pending is not None
+        answer = yield self._pending
+        self.done += 1
+        try:
+            self._pending = self._talk.send(answer)
+        except StopIteration as stop:
+            self._result = stop.value
 
     def state_dict(self) -> dict[str, object]:
         """A landed flight (see :meth:`finish`) for a checkpoint."""
@@ -150,6 +166,16 @@ class Channel:
         return choose(sync.transport, sync.codec, sync.combine, n, dense, sent)
 
     @property
+    def hops(self) -> int:
+        """How many times a rank waits for others until a message has arrived."""
+        legs = 1
+        if self.transport == "two_phase":
+            legs = 2
+        elif self.transport == "all_reduce":
+            legs = max((piece.codec.sums_per_message for piece in self.packing.pieces), default=1)
+        return self.exchanges * legs
+
+    @property
     def sums(self) -> bool:
         """Whether messages are summed on the way (all-reduce) instead of being exchanged one by one."""
         return self.transport == "all_reduce"
@@ -162,6 +188,7 @@ class Channel:
         """Send ``message`` (this channel may overwrite it); ``round_`` counts the sends of the sync from 0."""
         wire = _RoundWire(self, step, round_ * self.exchanges, need_own)
         flight = Flight(self.sync.combine.talk(wire, message, self.combine_state), step)
+        flight.hops = self.hops
         flight.start()
         flight.own, flight.buffers = wire.own, wire.buffers
         return flight

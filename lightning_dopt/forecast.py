@@ -351,6 +351,7 @@ class _SizedLane(LaneRunner):
     def send(self, step: int, round_: int) -> None:
         """See :meth:`LaneRunner.send`."""
         flight = Flight(self._message(round_), step)
+        flight.hops = self.channel.at(round_).hops
         flight.start()
         self.flights.append(flight)
 

@@ -165,6 +165,11 @@ class Plan(Part):
     def __iter__(self) -> Iterator[Sync]:
         return iter(self.syncs)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether messages travel while training goes on, so that nobody has to wait for the slowest rank at once."""
+        return any(sync.apply.delay or isinstance(sync.apply, OneRound) for sync in self.syncs)
+
     def labels(self) -> list[str]:
         """One name per sync, made unique by numbering repeats."""
         seen: dict[str, int] = {}

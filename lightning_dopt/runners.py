@@ -16,6 +16,7 @@ from lightning_dopt.exchange import Channel, Flight
 from lightning_dopt.local.base import BoundCorrection
 from lightning_dopt.packed import Packed
 from lightning_dopt.plan import Sync
+from lightning_dopt.schedules import Every
 from lightning_dopt.slots import Lane
 
 _HOST = torch.device("cpu")
@@ -203,6 +204,26 @@ class LaneRunner:
             return False
         return bool(self.flights) and step >= self.flights[0].step + self.sync.apply.delay
 
+    def _hops_by(self, flight: Flight, step: int) -> int:
+        """How many of its waits a flight is to have behind it at ``step``: they are spread evenly over its time.
+
+        Which step is known from the plan alone, so that all ranks start all messages in the same order.
+        """
+        apply, when = self.sync.apply, self.sync.when
+        late = isinstance(apply, OneRound)
+        span = when.n if late and isinstance(when, Every) else 0 if late else apply.delay
+        return min(flight.hops - 1, (step - flight.step) * flight.hops // span) if span else 0
+
+    def hop_due(self, step: int) -> bool:
+        """Whether a message in flight has more than one wait, and one before its last belongs to ``step``."""
+        return any(flight.done < self._hops_by(flight, step) for flight in self.flights if not flight.landed)
+
+    def advance(self, step: int) -> Talk[None]:
+        """Send what follows from messages that should have come by now, so that it travels while training goes on."""
+        for flight in self.flights:
+            while not flight.landed and flight.done < self._hops_by(flight, step):
+                yield from flight.advance()
+
     def land(self) -> Talk[None]:
         """Wait for everything in flight, without applying it."""
         for flight in self.flights:
@@ -292,6 +313,9 @@ class SyncRunner:
     def apply_due(self, step: int) -> Talk[None]:
         """Apply what is due."""
         due = [lane for lane in self.lanes if lane.due(step)]
+        for lane in self.lanes:
+            if lane not in due:
+                yield from lane.advance(step)
         yield from self._arrive(due)
         for lane in due:
             yield from lane.apply(step)

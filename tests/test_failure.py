@@ -26,7 +26,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from packaging.version import Version
 from trainer_tools import Regressor, regression, trainer
 
-from lightning_dopt import Plan, ReplicaStrategy, Ring, SyncError, plans
+from lightning_dopt import Delay, Every, Plan, ReplicaStrategy, Ring, Sync, SyncError, plans
 from lightning_dopt.comm.process_group import no_answer
 from lightning_dopt.strategies import _private, stop_signal, watch
 from lightning_dopt.strategies.watch import Watch
@@ -196,10 +196,12 @@ def test_a_failed_save_leaves_the_one_before(tmp_path: Path) -> None:
     reason="Lightning broadcasts SIGTERM since 2.5.2; before, ranks stop alone",
 )
 @pytest.mark.trainer
-def test_sigterm_stops_all_at_the_same_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_sigterm_stops_all_at_the_same_step(tmp_path: Path, late: bool) -> None:
     """Also if it finds rank 0 waiting for rank 1, where Lightning's own handler waits for ever."""
     callback = OnExceptionCheckpoint(str(tmp_path))
-    job = fit(Troubled(slow, 1, 7), plans.local_sgd(4), 2, callbacks=[callback])
+    plan = Plan([Sync(when=Every(4), apply=Delay(1))]) if late else plans.local_sgd(4)
+    job = fit(Troubled(slow, 1, 7), plan, 2, callbacks=[callback])
     with Processes(job, 2) as processes:
         processes.wait_for(1, "slow")
         time.sleep(0.5)
@@ -207,7 +209,8 @@ def test_sigterm_stops_all_at_the_same_step(tmp_path: Path) -> None:
             process.terminate()
         ended = processes.join(SOON)
     assert [e.code for e in ended.values()] == [0, 0]
-    assert {torch.load(p, weights_only=False)["global_step"] for p in tmp_path.rglob("*") if p.is_file()} == {11}
+    steps = {torch.load(p, weights_only=False)["global_step"] for p in tmp_path.rglob("*") if p.is_file()}
+    assert steps == {11} if not late else steps in ({8}, {11}, {12})  # one meeting later than rank 0 got the signal
 
 
 @pytest.mark.skipif(

@@ -43,6 +43,9 @@ class Compressor(Codec):
 
     linear: bool = False
     """Whether messages of several ranks may be summed before decoding; such compressors implement :meth:`rounds`."""
+
+    sums_per_message: int = 1
+    """How many sums over the ranks, one after the other, :meth:`rounds` takes."""
     private: bool = False
     """Whether ranks must draw independently (see above)."""
     layerwise: bool = False

@@ -41,6 +41,7 @@ class LowRank(Compressor):
     """
 
     linear = True
+    sums_per_message = 2
     layerwise = True
 
     def __init__(self, rank: int, min_ratio: float = 2.0) -> None:

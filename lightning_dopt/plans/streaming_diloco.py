@@ -13,6 +13,7 @@ from lightning_dopt.plan import Plan, Sync, is_exact
 from lightning_dopt.schedules import Every
 from lightning_dopt.topology import Complete
 from lightning_dopt.topology.base import Topology
+from lightning_dopt.transport import Transport
 
 
 def streaming_diloco(
@@ -25,6 +26,7 @@ def streaming_diloco(
     pattern: Pattern = "strided",
     codec: Codec | None = None,
     topology: Topology | None = None,
+    transport: Transport = "auto",
 ) -> Plan:
     """DiLoCo whose peak traffic is that of a fragment, and whose messages travel while training goes on.
 
@@ -45,6 +47,8 @@ def streaming_diloco(
         pattern: How blocks are dealt, see :class:`~lightning_dopt.Fragment`.
         codec: What is on the wire; ``None`` means ``E3M0()``, a sign and a power of two in four bits.
         topology: With whom; ``None`` means everybody.
+        transport: How messages travel, see :class:`~lightning_dopt.Sync`. ``"two_phase"`` sends ``2 (n - 1) / n`` messages per rank
+            in place of ``n - 1``, at the price of packing the mean once more; its second leg leaves half-way through ``overlap``.
 
     Raises:
         ValueError: an option out of range.
@@ -69,6 +73,7 @@ def streaming_diloco(
         Delay(overlap, merge) if overlap else Blocking(merge=merge),
         codec if codec is not None else E3M0(),
         topology or Complete(),
+        transport,
     )
 
 
@@ -88,6 +93,7 @@ def fragmented(
     apply: Apply,
     codec: Codec,
     peers: Topology,
+    transport: Transport = "auto",
 ) -> Plan:
     """One sync per fragment, evenly shifted; one sync of everything if there is one fragment.
 
@@ -111,6 +117,7 @@ def fragmented(
                 peers,
                 outer=outer,
                 apply=apply,
+                transport=transport,
             )
             for p in range(count)
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
@@ -92,22 +93,25 @@ class Collectives(DDPStrategy):
         with self._answers("all_gather"):
             return super().all_gather(tensor, group, sync_grads)
 
-    def _told_by_zero(self, flag: bool) -> bool:
-        """Rank 0's flag. Ranks that come early wait here for the others, which the ledger counts under ``"stop"``."""
-        began = time.perf_counter()
-        try:
-            return self._flag_of_zero(flag)
-        finally:
-            if self.world is not None:
-                self.world.ledger.stalled("stop", time.perf_counter() - began)
-
-    def _flag_of_zero(self, flag: bool) -> bool:
+    def _ask_zero(self, flag: bool) -> Callable[[], bool]:
+        """Begin to tell all ranks rank 0's flag; what is returned waits for it, which the ledger counts under ``"stop"``."""
         if self._survivors is not None:
-            return bool(self._survivors.broadcast(flag, 0))
+            told = bool(self._survivors.broadcast(flag, 0))
+            return lambda: told
         value = torch.tensor([int(flag)], device=self.root_device)
         with self._answers("broadcast before the step"):
-            dist.broadcast(value, 0)
-        return bool(value.item())
+            work = dist.broadcast(value, 0, async_op=True)
+        assert work is not None  # every rank belongs to the default group
+
+        def wait() -> bool:
+            began = time.perf_counter()
+            with self._answers("broadcast before the step"):
+                work.wait()
+            if self.world is not None:
+                self.world.ledger.stalled("stop", time.perf_counter() - began)
+            return bool(value.item())
+
+        return wait
 
     def _answers(self, where: str) -> AbstractContextManager[None]:
         """Say who is missing if communication outside the plan fails."""

@@ -221,7 +221,7 @@ class ReplicaStrategy(Collectives):
         start.refuse_optimizers(self.plan, inner)
         start.warn_of_lost_weights(self.plan, inner, trainer.gradient_clip_val)
         self._checkpoints.begin()
-        self._undo_quiet = StopSignal(trainer, self.engine.meets, self._told_by_zero).undo
+        self._undo_quiet = StopSignal(trainer, self.engine.meets, self._ask_zero, self.plan.overlaps).undo
         if self.evaluate == "consensus":
             start.warn_of_averages(self.plan, self.world_size, trainer.callbacks)
 

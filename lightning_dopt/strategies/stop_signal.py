@@ -21,14 +21,21 @@ class StopSignal:
     ``SIGTERMException`` at the same step, so that replicas saved by a callback belong together. A rank that has not
     come to such a step within :data:`PATIENCE` seconds stops after its batch.
 
+    Where messages travel while training goes on nobody shall wait for this one either: what rank 0 says before one such
+    step is heard before the next.
+
     Args:
         trainer: The Trainer, before it registers its signal handlers.
         meets: Whether all ranks wait for all at the coming optimizer step; the same answer on all ranks.
-        told_by_zero: Gives all ranks rank 0's flag. Collective.
+        ask_zero: Begins to give all ranks rank 0's flag, and returns what waits for it. Collective.
+        late: Whether the answer is heard one meeting later.
     """
 
-    def __init__(self, trainer: Any, meets: Callable[[], bool], told_by_zero: Callable[[bool], bool]) -> None:
-        self.trainer, self.meets, self.told_by_zero = trainer, meets, told_by_zero
+    def __init__(
+        self, trainer: Any, meets: Callable[[], bool], ask_zero: Callable[[bool], Callable[[], bool]], late: bool
+    ) -> None:
+        self.trainer, self.meets, self.ask_zero, self.late = trainer, meets, ask_zero, late
+        self._answer: Callable[[], bool] | None = None
         self._timer: threading.Timer | None = None
         self._undo = _private.replace_sigterm(trainer, self._on_signal, self._before_batch)
 
@@ -53,6 +60,15 @@ class StopSignal:
     def _before_batch(self) -> None:
         if not self.meets():
             return
-        if self.told_by_zero(self._timer is not None):
+        stop = False
+        if self._answer is not None:
+            stop, self._answer = self._answer(), None
+        if not stop:
+            answer = self.ask_zero(self._timer is not None)
+            if self.late:
+                self._answer = answer
+            else:
+                stop = answer()
+        if stop:
             _private.received_sigterm(self.trainer)
             raise SIGTERMException
