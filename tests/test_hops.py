@@ -83,10 +83,10 @@ def test_steps_with_a_second_half_communicate() -> None:
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_the_forecast_knows(name: str) -> None:
-    simulation = run(MESSAGES[name], mbit=0.005, ms=600.0)
+    simulation = run(MESSAGES[name], mbit=0.001, ms=600.0)
     steps = 3 * H + TAU
     plan = Plan([MESSAGES[name]])
-    told = forecast(plan, N, {"x": (32, 24)}, steps, Link(mbit=0.005, ms=600.0), step_seconds=1.0)
+    told = forecast(plan, N, {"x": (32, 24)}, steps, Link(mbit=0.001, ms=600.0), step_seconds=1.0)
     clocks = [w.clock for w in simulation.finish().worlds if w.clock is not None]
     assert told.stall_s == pytest.approx(max(c.stall_s for c in clocks)) != 0.0
     assert told.seconds == pytest.approx(max(c.now for c in clocks))
