@@ -2,7 +2,22 @@
 
 from lightning_dopt.lowrank.convert import convert
 from lightning_dopt.lowrank.crnet import CRNet
+from lightning_dopt.lowrank.lora import LoRA, ReLoRA, merge, restart, rewarm
 from lightning_dopt.lowrank.method import Factored, Method
+from lightning_dopt.lowrank.peers import CoLA, SLTrain
 from lightning_dopt.lowrank.recompute import predicted_error
 
-__all__ = ["CRNet", "Factored", "Method", "convert", "predicted_error"]
+__all__ = [
+    "CRNet",
+    "CoLA",
+    "Factored",
+    "LoRA",
+    "Method",
+    "ReLoRA",
+    "SLTrain",
+    "convert",
+    "merge",
+    "predicted_error",
+    "restart",
+    "rewarm",
+]

@@ -51,7 +51,8 @@ class CRNet(Method):
     ================  ===========================================================  ==========================
 
     ``"inverse"`` is the paper's scheme; it refuses segments in which rounding would make the recovered outputs useless, and
-    goes ``"forward"`` there, with a warning. Gradients are those of plain autograd, up to rounding.
+    goes ``"forward"`` there, with a warning. All modes act in training only. Gradients are those of plain autograd, up to
+    rounding.
 
     Args:
         beta: Start of all ``beta``.
@@ -127,7 +128,7 @@ class CrossBlock(nn.Module):
             RuntimeError: the input is not what the block before returned.
             ValueError: recomputation cannot work with these arguments.
         """
-        recompute = self.method.recompute != "none" and torch.is_grad_enabled()
+        recompute = self.method.recompute != "none" and self.training and torch.is_grad_enabled()
         if self.index and not recompute:
             carried = detach(_hidden(args, kwargs), self.index, keep=True)
             frame = Frame(carried.outputs)

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from lightning_dopt.lowrank.crnet import CRNet
+from lightning_dopt.lowrank.lora import LoRA, ReLoRA
 from lightning_dopt.lowrank.method import Factored, Method
+from lightning_dopt.lowrank.peers import CoLA, SLTrain
 
-METHODS: dict[str, type[Method]] = {"crnet": CRNet, "factored": Factored}
+METHODS: dict[str, type[Method]] = {
+    "crnet": CRNet,
+    "factored": Factored,
+    "cola": CoLA,
+    "sltrain": SLTrain,
+    "lora": LoRA,
+    "relora": ReLoRA,
+}
