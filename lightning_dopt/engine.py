@@ -60,6 +60,8 @@ class Engine:
         sync_buffers: Whether buffers are averaged when the plan's first sync of parameters or gradients runs, unless the
             plan names them itself.
         offload: Whether anchors and outer optimizers live in the memory of the host instead of the parameters' device.
+        flat: The flat buffers that hold these parameters already, where several engines share a model; ``None`` makes them.
+        name: Put before the labels of the syncs, where several engines share a world.
 
     Raises:
         ValueError: the plan does not suit the number of workers, or selects nothing.
@@ -76,6 +78,8 @@ class Engine:
         gradient_groups: Sequence[Sequence[str]] | None = None,
         sync_buffers: bool = True,
         offload: bool = False,
+        flat: FlatTensors | None = None,
+        name: str = "",
     ) -> None:
         plan.check(world.size)
         if world.links is not None:
@@ -94,7 +98,7 @@ class Engine:
         self.optimizer_state = optimizer_state
         self.groups = [list(g) for g in gradient_groups] if gradient_groups is not None else [list(self.parameters)]
         chosen = [self._selected(s) for s in plan if s.what.slot in ("parameters", "gradients", "tracker", "reference")]
-        self.flat = FlatTensors(self.parameters, [*chosen, *self.groups])
+        self.flat = flat if flat is not None else FlatTensors(self.parameters, [*chosen, *self.groups])
         self.means = plan.means(world.size)
         context = Context(
             world.rank,
@@ -113,8 +117,9 @@ class Engine:
         self.runners: list[SyncRunner] = []
         self.between: list[SyncRunner] = []
         """The syncs that run between the two passes of a step."""
+        self._prefix = f"{name}/" if name else ""
         for index, (sync, label) in enumerate(zip(plan, plan.labels(), strict=True)):
-            self._add(index, sync, label)
+            self._add(index, sync, self._prefix + label)
         self._first_bytes = {runner.label: runner.message_bytes for runner in self.runners}
         self._buffer_host = next((s for s in plan if s.what.slot in ("parameters", "gradients")), None)
         self.buffer_runner = self._buffer_runner() if sync_buffers else None
@@ -214,7 +219,7 @@ class Engine:
         when = host.when.when if isinstance(host.when, Drifted) else host.when  # the host decides
         peers = host.peers if host.peers.row_stochastic(self.world.size) else RowNormalised(host.peers)
         sync = Sync(when=when, what="buffers", peers=peers)
-        return self._runner(len(self.plan.syncs), sync, "buffers", [self.buffers.lane])
+        return self._runner(len(self.plan.syncs), sync, f"{self._prefix}buffers", [self.buffers.lane])
 
     # ------------------------------------------------------------------ the tick
 

@@ -153,6 +153,19 @@ class FlatTensors:
             raise ValueError("FlatTensors.select: these tensors do not form whole lanes")
         return [lane for _, lane in picked]
 
+    def part(self, names: Iterable[str]) -> FlatTensors:
+        """Some of the tensors, in the same buffers.
+
+        Raises:
+            ValueError: as :meth:`select`.
+        """
+        wanted = set(names)
+        self.select(wanted)
+        found = FlatTensors({})
+        found.tensors = {name: t for name, t in self.tensors.items() if name in wanted}
+        found._groups = [(group, lane) for group, lane in self._groups if group <= wanted]
+        return found
+
     def reclaim(self) -> None:
         """Move tensors whose storage somebody replaced back into the buffers, keeping their new values."""
         for lane in self.lanes:

@@ -13,6 +13,7 @@ from lightning_dopt.local.local_tracking import LocalTracking
 from lightning_dopt.local.loss_weights import LossWeights
 from lightning_dopt.local.masks import FisherMask, NeuronMask
 from lightning_dopt.local.mixed_momentum import MixedMomentum
+from lightning_dopt.local.moving_average import MovingAverage
 from lightning_dopt.local.prox import Prox
 from lightning_dopt.local.prox_skip import ProxSkip
 from lightning_dopt.local.proximal import ConsensusADMM, DualProximal, Proximal
@@ -43,6 +44,7 @@ __all__ = [
     "LocalTracking",
     "LossWeights",
     "MixedMomentum",
+    "MovingAverage",
     "NeuronMask",
     "NoisyGradients",
     "Prox",
