@@ -190,6 +190,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weighted_gossip": {"counts": [1] * 8},
     "local_gda": {"maximise": "x.*"},
     "apfl": {"match": "*"},
+    "cellm": {"match": "*"},
 }
 each_method = pytest.mark.parametrize("name", plans.__all__)
 
@@ -248,6 +249,7 @@ def test_exactness_of_the_table(name: str) -> None:
         "weighted_gossip": {"counts": [1] * 4},
         "streaming_diloco": {"fragments": 1},
         "apfl": {"match": "*"},
+        "cellm": {"match": "*"},
         "fedspeed": {"sync_every": 10, "rho": 0.0, "weight": 1.0},
         "post_local_sgd": {"start": 20},
         "desloc": {"states": {"momentum_buffer": 512}},

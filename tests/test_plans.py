@@ -14,6 +14,7 @@ from lightning_dopt import Every, Plan, Simulation, Sync, plans
 from lightning_dopt.comm import lockstep
 from lightning_dopt.compress import Averaged, GaussianNoise, RandK
 from lightning_dopt.local import GradientTracking, Scaffold
+from lightning_dopt.outer import SGD
 from lightning_dopt.plan import Plan as PlanType
 from lightning_dopt.topology import Directed, Ring
 
@@ -37,6 +38,9 @@ MADE: dict[str, Callable[[], Plan]] = {
     "co2": lambda: plans.co2(5, 0.8),
     "co2 aware of gaps": lambda: plans.co2(5, 0.5, 0.3, gap_aware=True),
     "apfl": lambda: plans.apfl("*"),
+    "cellm": lambda: plans.cellm("*", 5, 0.6, 0.8, SGD(1.0)),
+    "adloco": lambda: plans.adloco([[0], [1], [2, 3]], 4),
+    "dilocox": lambda: plans.dilocox(5, keep=None),
     "qsr": lambda: plans.qsr(0.05, 2),
     "savic": lambda: plans.savic(4, "local"),
     "desloc": lambda: plans.desloc(4, {"momentum_buffer": 8}, clip=2.0),

@@ -5,6 +5,7 @@ from lightning_dopt.local.base import BoundCorrection, Context, Correction
 from lightning_dopt.local.clip import ClipLocal, NoisyGradients
 from lightning_dopt.local.controlled import ControlVariate
 from lightning_dopt.local.coordinate_clip import CoordinateClip
+from lightning_dopt.local.download import Download
 from lightning_dopt.local.exact_diffusion import ExactDiffusion
 from lightning_dopt.local.extra import Extra
 from lightning_dopt.local.extragradient import Extragradient
@@ -35,6 +36,7 @@ __all__ = [
     "ControlVariate",
     "CoordinateClip",
     "Correction",
+    "Download",
     "DualProximal",
     "ExactDiffusion",
     "Extra",

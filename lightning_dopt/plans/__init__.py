@@ -2,6 +2,7 @@
 
 from lightning_dopt.plans.adloco import adloco
 from lightning_dopt.plans.beer import beer
+from lightning_dopt.plans.cellm import cellm
 from lightning_dopt.plans.co2 import co2
 from lightning_dopt.plans.compressed_ddp import compressed_ddp
 from lightning_dopt.plans.compressed_gossip import choco_sgd, deep_squeeze, moniqua
@@ -103,6 +104,7 @@ __all__ = [  # noqa: RUF022  (by family)
     "fedyogi",
     "fedprox",
     "apfl",
+    "cellm",
     "fedspeed",
     "proxskip",
     "local_gda",

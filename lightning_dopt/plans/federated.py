@@ -66,7 +66,7 @@ def fedavg(
     Source: McMahan et al., arXiv 1602.05629, algorithm 1.
     """
     peers = clients("fedavg", fraction, counts, seed)
-    return averaging("fedavg", sync_every, peers, outer, codec, restart, match)
+    return averaging("fedavg", sync_every, peers, outer, change_codec(codec), restart, match)
 
 
 def averaging(
@@ -85,7 +85,7 @@ def averaging(
         ValueError: ``sync_every`` below 1, naming the plan ``owner``.
     """
     check_int(owner, "sync_every", sync_every, 1)
-    sync = Sync(Every(sync_every), Parameters(match), "delta", change_codec(codec), peers, outer=outer)
+    sync = Sync(Every(sync_every), Parameters(match), "delta", codec or Identity(), peers, outer=outer)
     return Plan([sync], [*corrections, *([Restart()] if restart else [])])
 
 
@@ -211,7 +211,7 @@ def fedprox(
     """
     check_float("fedprox", "mu", mu, 0.0)
     peers = clients("fedprox", fraction, counts, seed)
-    return averaging("fedprox", sync_every, peers, outer, codec, corrections=[Proximal(mu)])
+    return averaging("fedprox", sync_every, peers, outer, change_codec(codec), corrections=[Proximal(mu)])
 
 
 def apfl(
