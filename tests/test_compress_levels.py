@@ -57,6 +57,11 @@ def test_fp8_bound_is_nearly_attained(format: str, relative: float, tie: float) 
     assert c.contraction((256,)) == pytest.approx(1 - relative**2, abs=1e-6)
 
 
+def test_fp8_power_scales_decode_the_largest_numbers() -> None:
+    x = torch.tensor([3.1e38, -1e38, 0.0, 1e37])
+    torch.testing.assert_close(FP8(scale="power").roundtrip(x), x, rtol=0.07, atol=0)
+
+
 def test_fp8_sizes() -> None:
     assert FP8(block=100).payload_bytes((250,)) == 250 + 12
     assert FP8(block=100, scale="power").payload_bytes((250,)) == 250 + 3

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from lightning_dopt.compress import _fused as fused
 from lightning_dopt.compress.base import Compressor, Shape, numel
 
 TILE = 1 << 18
@@ -80,17 +81,35 @@ def block_count(shape: Shape, block: int) -> int:
     return -(-numel(shape) // block)
 
 
-def tiles(d: int, block: int, device: torch.device) -> Iterator[tuple[int, int, int]]:
-    """Cut ``d`` elements into pieces ``(first, last, width)`` of whole blocks of ``width``, then the shorter block."""
+def tiles(d: int, block: int, device: torch.device, start: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Cut ``d`` elements into pieces ``(first, last, width)`` of whole blocks of ``width``, then the shorter block.
+
+    With ``start``, a multiple of ``width``, only what follows it.
+    """
     width = min(block, d)
     if not width:
         return
     whole = d - d % width
-    step = max(1, TILE // width) * width if device.type == "cpu" else whole
-    for first in range(0, whole, step):
+    step = tile_of(width) if device.type == "cpu" else whole
+    for first in range(start, whole, step):
         yield first, min(first + step, whole), width
     if whole < d:
         yield whole, d, d - whole
+
+
+def tile_of(width: int) -> int:
+    """Elements of a tile of whole rows of ``width``."""
+    return max(1, TILE // width) * width
+
+
+def peaks(x: Tensor, out: Tensor, scratch: Tensor | None) -> Tensor:
+    """The largest magnitude of each row of float32, NaN if there is one; without ``scratch`` by compiled loops."""
+    if scratch is None:
+        fused.run(fused.peaks, x, out)
+        return out
+    # Magnitudes are in the order of their bits, and whole numbers are compared faster.
+    torch.amax(torch.abs(x, out=scratch).view(torch.int32), dim=1, out=out.view(torch.int32))
+    return out
 
 
 def add_scaled(
@@ -100,16 +119,20 @@ def add_scaled(
     block: int,
     weight: float,
     meaning: Callable[[Tensor], Tensor] | None = None,
+    loop: Callable[[Tensor, Tensor, Tensor], None] = fused.add_codes,
 ) -> None:
     """``flat += weight * scale of the block * code``, in at least float32.
 
-    The codes are numbers of any type, or what ``meaning`` makes numbers of, a tile at a time.
+    The codes are numbers of any type, or what ``meaning`` makes numbers of, a tile at a time; ``loop`` does the same compiled.
     """
     dtype = torch.promote_types(flat.dtype, torch.float32)
     factors = scales.to(dtype) * weight
     scratch = torch.empty(0, dtype=dtype, device=flat.device)
-    row = 0
-    for first, last, width in tiles(flat.numel(), block, flat.device):
+    row = fused.rows_of(flat, block)
+    start = row * block
+    if row:
+        fused.run(loop, flat[:start].view(row, block), codes[:start].view(row, block), factors[:row])
+    for first, last, width in tiles(flat.numel(), block, flat.device, start):
         rows = (last - first) // width
         part = codes[first:last]
         values = scratch.resize_(last - first).copy_(part if meaning is None else meaning(part))

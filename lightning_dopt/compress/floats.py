@@ -9,22 +9,21 @@ import torch
 from torch import Tensor
 
 from lightning_dopt._checks import check_choice, check_flag, check_int
+from lightning_dopt.compress import _fused as fused
 from lightning_dopt.compress._wire import (
+    TILE,
     FlatCompressor,
     add_scaled,
     block_count,
     pack_nibbles,
+    peaks,
     section,
+    tile_of,
     tiles,
     unpack_nibbles,
 )
 from lightning_dopt.compress.base import Shape, numel
 from lightning_dopt.compress.quantize import SMALLEST_STEP, Dither
-
-_EXPONENT = 0x7F800000
-"""Bits of the exponent in a float32."""
-_FAR = 1.5 * 2**23
-"""Between this many and a few more steps from zero a float32 can be no fraction of a step."""
 
 
 class FP8(FlatCompressor):
@@ -88,13 +87,17 @@ class FP8(FlatCompressor):
         payload = torch.empty(self.payload_bytes(flat.shape), dtype=torch.uint8, device=flat.device)
         scales, codes = torch.empty(blocks, device=flat.device), payload[self._scale_bytes * blocks :].view(self._dtype)
         scratch = torch.empty(0, device=flat.device)
-        row = 0
-        for first, last, width in tiles(flat.numel(), self.block, flat.device):
+        row = fused.rows_of(flat, self.block)
+        start = row * self.block
+        if row:
+            x, scale = flat[:start].view(row, self.block), scales[:row]
+            scale.copy_(self._scales(peaks(x, scale, None), top))
+            fused.run(fused.cast, x, scale.reciprocal(), codes[:start].view_as(x))
+        for first, last, width in tiles(flat.numel(), self.block, flat.device, start):
             rows = (last - first) // width
             x, scale = flat[first:last].view(rows, width), scales[row : row + rows]
             values = scratch.resize_(last - first).view(rows, width)
-            torch.amax(torch.abs(x, out=values), dim=1, out=scale)
-            scale.copy_(self._scales(scale, top))
+            scale.copy_(self._scales(peaks(x, scale, values), top))
             # The largest is at most a rounding error above the top, and becomes the top.
             codes[first:last] = torch.mul(x, scale.reciprocal()[:, None], out=values).view(-1)
             row += rows
@@ -109,9 +112,13 @@ class FP8(FlatCompressor):
             scales = section(payload, 0, blocks, torch.float32)
         else:
             scales = _power(payload[:blocks].to(torch.int32) - 127)
-        if self.format == "e4m3":
-            scales = scales * 2.0**8  # its exponents are counted from -7, those of float16 from -15
-        add_scaled(flat, codes, scales, self.block, weight, self._halves)
+        if self.format == "e5m2":
+            add_scaled(flat, codes, scales, self.block, weight, self._halves, fused.add_e5m2)
+            return
+        unit = 2.0**8  # its exponents are counted from -7, those of float16 from -15
+        halves = 1 if bool((scales < 2.0**119).all()) else 2  # twice a half, where the whole would overflow
+        for _ in range(halves):
+            add_scaled(flat, codes, scales * (unit / halves), self.block, weight, self._halves, fused.add_e4m3)
 
     def _halves(self, codes: Tensor) -> Tensor:
         """The elements as float16, which a processor turns into float32 faster than 8 bits: the bits put in their places."""
@@ -134,18 +141,7 @@ class FP8(FlatCompressor):
         return scales.view(torch.int32).bitwise_right_shift(23).to(torch.uint8)
 
 
-class _Powers(FlatCompressor):
-    """Signed powers of two and zero; the code is the sign times the place of the power, counted from 1."""
-
-    stochastic: bool
-
-    def _sign(self, bits: Tensor, places: Tensor, scratch: Tensor) -> None:
-        """Give the int8 places the signs of the floats with these bits (int32, overwritten)."""
-        sign = scratch.resize_(places.numel()).copy_(bits.bitwise_right_shift_(31))  # 0 or -1
-        places.bitwise_xor_(sign).sub_(sign)
-
-
-class Natural(_Powers):
+class Natural(FlatCompressor):
     """Natural compression: each element becomes one of the two powers of two around it, at random: ``d + 1`` bytes.
 
     The sign and 7 bits for the power, 126 of them down from the largest; the first byte says which. Unbiased, since
@@ -180,17 +176,18 @@ class Natural(_Powers):
         lowest = max(-126, math.frexp(min(largest, 2.0**127))[1] - 126)
         payload[0] = lowest + 126
         codes, dither = payload[1:].view(torch.int8), Dither(seed, flat.device)
-        scratch, signs = torch.empty(0, device=flat.device), torch.empty(0, dtype=torch.int8, device=flat.device)
-        shifted = torch.empty(0, dtype=torch.int32, device=flat.device)
-        for first, last, _ in tiles(flat.numel(), 1, flat.device):
+        # The lowest power becomes 2^-126, so places are exponents, and what lies below is evenly spaced as well.
+        factor = 2.0 ** -(lowest + 126)
+        count = fused.rows_of(flat, TILE)
+        start = count * TILE
+        if count:
+            x, turned = flat[:start].view(count, TILE), dither.tiles(count, TILE, torch.int32)
+            fused.run(fused.naturals, x, torch.tensor(factor), *turned, codes[:start].view_as(x))
+        scratch = torch.empty(0, device=flat.device)
+        for first, last, _ in tiles(flat.numel(), 1, flat.device, start):
             x = flat[first:last] if largest <= 2.0**127 else flat[first:last].clamp(-(2.0**127), 2.0**127)
-            # The lowest power becomes 2^-126, so places are exponents, and what lies below is evenly spaced as well.
-            values = torch.mul(x, 2.0 ** -(lowest + 126), out=scratch.resize_(last - first))
-            bits = dither.carry(values.view(torch.int32))
-            places = codes[first:last].copy_(
-                torch.bitwise_right_shift(bits, 23, out=shifted.resize_(last - first))
-            )  # keeps the low byte
-            self._sign(bits, places, signs)
+            values = torch.mul(x, factor, out=scratch.resize_(last - first))
+            _signed_exponents(dither.carry(values.view(torch.int32)), codes[first:last])
         return payload
 
     def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
@@ -202,18 +199,22 @@ class Natural(_Powers):
         head = int(payload[0])
         if head > 128 and head != 255:
             raise ValueError(f"{self!r}: a message that begins with {head}, where 128 is the largest; damaged")
-        codes, scratch = (
-            payload[1:].view(torch.int8),
-            torch.empty(0, dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device),
-        )
-        for first, last, _ in tiles(flat.numel(), 1, flat.device):
+        codes, power = payload[1:].view(torch.int8), math.nan if head == 255 else 2.0 ** min(head, 127)
+        # Products with powers of two are exact in any order, as long as none overflows.
+        count = fused.rows_of(flat, TILE) if head != 128 and abs(weight) <= 1.0 else 0
+        start = count * TILE
+        if count:
+            factors = torch.full((count,), weight * power)
+            fused.run(fused.add_powers, flat[:start].view(count, TILE), codes[:start].view(count, TILE), factors)
+        scratch = torch.empty(0, dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
+        for first, last, _ in tiles(flat.numel(), 1, flat.device, start):
             values = scratch.resize_(last - first).copy_(_signed_powers(codes[first:last], 7).view(torch.bfloat16))
             if head == 128:
                 values.mul_(2.0)
-            flat[first:last].add_(values.mul_(math.nan if head == 255 else 2.0 ** min(head, 127)), alpha=weight)
+            flat[first:last].add_(values.mul_(power), alpha=weight)
 
 
-class E3M0(_Powers):
+class E3M0(FlatCompressor):
     """Four bits per element, a sign and a power of two, with a float32 scale per ``block`` elements.
 
     The levels of a block are zero and ``max|x|`` times 1, 1/2, ... 1/64, with both signs; the largest element arrives
@@ -273,40 +274,64 @@ class E3M0(_Powers):
         payload = torch.empty(self.payload_bytes(flat.shape), dtype=torch.uint8, device=flat.device)
         scales = section(payload, 0, blocks, torch.float32)
         codes = torch.empty(flat.numel(), dtype=torch.int8, device=flat.device)
-        scratch, gaps = torch.empty(0, device=flat.device), torch.empty(0, dtype=torch.int32, device=flat.device)
         dither = Dither(seed, flat.device) if self.stochastic else None
-        signs = torch.empty(0, dtype=torch.int8, device=flat.device)
-        row = 0
-        for first, last, width in tiles(flat.numel(), self.block, flat.device):
+        scratch, gaps = torch.empty(0, device=flat.device), torch.empty(0, dtype=torch.int32, device=flat.device)
+        row = self._pack_compiled(flat, scales, codes, dither)
+        for first, last, width in tiles(flat.numel(), self.block, flat.device, row * self.block):
             rows = (last - first) // width
             x, scale = flat[first:last].view(rows, width), scales[row : row + rows]
             values = scratch.resize_(last - first).view(rows, width)
-            torch.amax(torch.abs(x, out=values), dim=1, out=scale).clamp_(min=SMALLEST_STEP)
+            peaks(x, scale, values).clamp_(min=SMALLEST_STEP)
             bits = torch.mul(x, scale.reciprocal()[:, None], out=values).view(-1).view(torch.int32)
             # The distance between the levels around each element: its own power of two, at least the lowest.
-            exponents = torch.bitwise_and(bits, _EXPONENT, out=gaps.resize_(last - first))
+            exponents = torch.bitwise_and(bits, fused.EXPONENT, out=gaps.resize_(last - first))
             gap, flatly = exponents.view(torch.float32).clamp_(min=2.0**-6), values.view(-1)
             if dither is not None:
                 dither.add_to(flatly, gap)
             # So far from zero the floats are as far apart as the levels: adding rounds.
-            flatly.add_(gap, alpha=_FAR).sub_(gap, alpha=_FAR)
-            places = codes[first:last].copy_(torch.bitwise_right_shift(bits, 23, out=exponents))
-            places.sub_(120).clamp_(min=0)
-            self._sign(bits, places, signs)
+            flatly.add_(gap, alpha=fused.FAR).sub_(gap, alpha=fused.FAR).mul_(2.0**-120)
+            _signed_exponents(bits, codes[first:last])
             row += rows
         pack_nibbles(codes, payload[4 * blocks :])
         return payload
+
+    def _pack_compiled(self, flat: Tensor, scales: Tensor, codes: Tensor, dither: Dither | None) -> int:
+        """The same for the first blocks; answers how many."""
+        tile = tile_of(self.block)
+        per_tile = 1 if dither is None else tile // self.block
+        rows = fused.rows_of(flat, per_tile * self.block) * per_tile
+        if rows:
+            x, scale = flat[: rows * self.block].view(rows, self.block), scales[:rows]
+            factors = peaks(x, scale, None).clamp_(min=SMALLEST_STEP).reciprocal()
+            codes = codes[: x.numel()].view_as(x)
+            if dither is None:
+                fused.run(fused.powers, x, factors, codes)
+            else:
+                noise, turns = dither.tiles(rows // per_tile, tile, torch.float32)
+                shape = (len(turns), per_tile, self.block)
+                noise = noise.view(1, *shape[1:])
+                fused.run(
+                    fused.dithered_powers, x.view(shape), factors.view(shape[:2]), noise, turns, codes.view(shape)
+                )
+        return rows
 
     def unpack_add(self, payload: Tensor, flat: Tensor, weight: float, seed: int) -> None:
         """Add scale times power; the code -8, which is never sent, counts as -7."""
         blocks = block_count(flat.shape, self.block)
         codes = unpack_nibbles(payload[4 * blocks :], flat.numel()).clamp_(min=-7)
-        add_scaled(flat, codes, section(payload, 0, blocks, torch.float32), self.block, weight, self._floats)
+        scales = section(payload, 0, blocks, torch.float32)
+        add_scaled(flat, codes, scales, self.block, weight, self._floats, fused.add_e3m0)
 
     @staticmethod
     def _floats(codes: Tensor) -> Tensor:
         """The powers for the codes: those of float16 are counted from ``2^-15``, these from ``2^-7``."""
         return _signed_powers(codes, 10).view(torch.float16).to(torch.float32).mul_(2.0**8)
+
+
+def _signed_exponents(bits: Tensor, codes: Tensor) -> None:
+    """Fill int8 codes with the signs times the exponents, up to 127, of float32 given as int32, which is overwritten."""
+    # With the sign shifted in on the left a negative number is its exponent - 256, and 256 - e is -e in eight bits.
+    codes.copy_(bits.bitwise_right_shift_(23).to(torch.int16).abs_())
 
 
 def _signed_powers(codes: Tensor, mantissa: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dopt._checks import check_float, check_int
 from lightning_dopt.compress._codes import code_bytes, pack_codes, pack_trits, unpack_codes, unpack_trits
-from lightning_dopt.compress._wire import add_scaled, block_count, pack_nibbles, section, unpack_nibbles
+from lightning_dopt.compress._wire import add_scaled, block_count, pack_nibbles, peaks, section, unpack_nibbles
 from lightning_dopt.compress.base import Shape, numel
 from lightning_dopt.compress.quantize import SMALLEST_STEP, Blockwise
 
@@ -90,7 +90,7 @@ class QSGD(Blockwise):
             codes = unpack_codes(packed, flat.numel(), self.bits).sub_(self.levels)
         add_scaled(flat, codes, section(payload, 0, blocks, torch.float32), self.block, weight)
 
-    def _steps(self, x: Tensor, step: Tensor, scratch: Tensor) -> None:
+    def _steps(self, x: Tensor, step: Tensor, scratch: Tensor | None) -> None:
         _norms(x, step, scratch).clamp_(max=_LARGEST_NORM).div_(self.levels).clamp_(min=SMALLEST_STEP)
 
 
@@ -155,8 +155,8 @@ class TernGrad(Blockwise):
     def _spills(self) -> bool:
         return self.clip > 0.0
 
-    def _steps(self, x: Tensor, step: Tensor, scratch: Tensor) -> None:
-        torch.amax(torch.abs(x, out=scratch), dim=1, out=step)
+    def _steps(self, x: Tensor, step: Tensor, scratch: Tensor | None) -> None:
+        peaks(x, step, scratch)
         if self.clip:
             limit = _norms(x, torch.empty_like(step), scratch).mul_(self.clip / math.sqrt(x.shape[1]))
             torch.minimum(step, limit, out=step)
@@ -172,11 +172,10 @@ def _quantized(compressor: Blockwise, flat: Tensor, seed: int) -> tuple[Tensor, 
     return payload, payload[4 * blocks :], codes
 
 
-def _norms(x: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
+def _norms(x: Tensor, out: Tensor, scratch: Tensor | None) -> Tensor:
     """The norm of each row of ``x``, also where the squares leave the range of float32."""
     torch.linalg.vector_norm(x, dim=1, out=out)
     if not bool(((out > 1e-15) & (out < 1e18)).all()):
-        unit = torch.amax(torch.abs(x, out=scratch), dim=1).clamp_(min=SMALLEST_STEP)
-        torch.div(x, unit[:, None], out=scratch)
-        torch.linalg.vector_norm(scratch, dim=1, out=out).mul_(unit)
+        unit = peaks(x, torch.empty_like(out), scratch).clamp_(min=SMALLEST_STEP)
+        torch.linalg.vector_norm(torch.div(x, unit[:, None], out=scratch), dim=1, out=out).mul_(unit)
     return out

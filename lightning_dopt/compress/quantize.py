@@ -9,12 +9,15 @@ from torch import Tensor
 
 from lightning_dopt._checks import check_flag, check_int
 from lightning_dopt._random import key
+from lightning_dopt.compress import _fused as fused
 from lightning_dopt.compress._wire import (
     FlatCompressor,
     add_scaled,
     block_count,
     pack_nibbles,
+    peaks,
     section,
+    tile_of,
     tiles,
     unpack_nibbles,
 )
@@ -78,16 +81,16 @@ class Blockwise(FlatCompressor):
         """Whether what is rounded may lie beyond a byte, so that it must be cut before it becomes one."""
         return self._levels == 127
 
-    def _steps(self, x: Tensor, step: Tensor, scratch: Tensor) -> None:
-        """Compute the steps of the rows of ``x``; the scratch has the shape of ``x``."""
-        torch.amax(torch.abs(x, out=scratch), dim=1, out=step).div_(self._levels).clamp_(min=SMALLEST_STEP)
+    def _steps(self, x: Tensor, step: Tensor, scratch: Tensor | None) -> None:
+        """Compute the steps of the rows of ``x``; the scratch has the shape of ``x``, none of it is for compiled loops."""
+        peaks(x, step, scratch).div_(self._levels).clamp_(min=SMALLEST_STEP)
 
     def _quantize(self, flat: Tensor, steps: Tensor, codes: Tensor, seed: int) -> None:
         """Fill the ``steps`` (float32, one per block) and the ``codes`` (int8, one per element)."""
         scratch = torch.empty(0, device=flat.device)
         dither = Dither(seed, flat.device) if self.stochastic else None
-        row = 0
-        for first, last, width in tiles(flat.numel(), self.block, flat.device):
+        row = self._quantize_compiled(flat, steps, codes, dither)
+        for first, last, width in tiles(flat.numel(), self.block, flat.device, row * self.block):
             rows = (last - first) // width
             x, step = flat[first:last].view(rows, width), steps[row : row + rows]
             values = scratch.resize_(last - first).view(rows, width)
@@ -101,6 +104,31 @@ class Blockwise(FlatCompressor):
             if dither is not None and not self._spills:
                 part.clamp_(-self._levels, self._levels)  # a quarter of the work that it is for float32
             row += rows
+
+    def _quantize_compiled(self, flat: Tensor, steps: Tensor, codes: Tensor, dither: Dither | None) -> int:
+        """The same for the first blocks; answers how many."""
+        tile = tile_of(self.block)
+        rows = fused.rows_of(flat, tile if dither is not None else self.block) * (tile // self.block if dither else 1)
+        if rows:
+            x = flat[: rows * self.block].view(rows, self.block)
+            self._steps(x, steps[:rows], None)
+            factors, codes = steps[:rows].reciprocal(), codes[: x.numel()].view_as(x)
+            if dither is None:
+                fused.run(fused.rounded, x, factors, codes)
+            else:
+                noise, turns = dither.tiles(x.numel() // tile, tile, torch.float32)
+                shape = (len(turns), tile // self.block, self.block)
+                top = torch.tensor(float(self._levels))
+                fused.run(
+                    fused.dithered,
+                    x.view(shape),
+                    factors.view(shape[:2]),
+                    noise.view(1, *shape[1:]),
+                    turns,
+                    top,
+                    codes.view(shape),
+                )
+        return rows
 
 
 class Dither:
@@ -140,6 +168,20 @@ class Dither:
             return self._base
         turn = (key(self._seed, self._calls) & 0xFFFE) - 2**15
         return torch.add(self._base[:count], turn, out=self._turned.resize_(count))
+
+    def tiles(self, count: int, tile: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the next ``count`` calls for ``tile`` numbers give, for compiled loops: numbers and turns, one for each call.
+
+        As float32 in units of 1, to be added and wrapped around to (-1/2, 1/2); as int32 from 0 to 2^16, to be added and cut.
+        The numbers are one row, the turns a vector.
+        """
+        base = self.next(tile)[None]
+        later = [(key(self._seed, self._calls + k) & 0xFFFE) - 2**15 for k in range(1, count)]
+        self._calls += count - 1
+        turns = torch.tensor([0, *later], dtype=dtype)
+        if dtype == torch.int32:
+            return base.to(dtype).add_(2**15), turns
+        return base.to(dtype).mul_(2.0**-16), turns.mul_(2.0**-16)
 
     def _draw(self, count: int) -> Tensor:
         generator = torch.Generator(self._base.device).manual_seed(key(self._seed, self._calls))
