@@ -191,6 +191,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "local_gda": {"maximise": "x.*"},
     "apfl": {"match": "*"},
     "cellm": {"match": "*"},
+    "dipaco": {"paths": [[0]] * 8, "modules": ["*"]},
 }
 each_method = pytest.mark.parametrize("name", plans.__all__)
 
@@ -250,6 +251,7 @@ def test_exactness_of_the_table(name: str) -> None:
         "streaming_diloco": {"fragments": 1},
         "apfl": {"match": "*"},
         "cellm": {"match": "*"},
+        "dipaco": {"paths": [[0]] * 4, "modules": ["*"]},
         "fedspeed": {"sync_every": 10, "rho": 0.0, "weight": 1.0},
         "post_local_sgd": {"start": 20},
         "desloc": {"states": {"momentum_buffer": 512}},

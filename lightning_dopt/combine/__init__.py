@@ -6,6 +6,7 @@ from lightning_dopt.combine.mixing import Median, Mixing
 from lightning_dopt.combine.push_sum import PushSum
 from lightning_dopt.combine.relay import RelaySum
 from lightning_dopt.combine.repeated import Chebyshev, MomentumGossip, Repeated
+from lightning_dopt.combine.rescaled import Rescaled
 from lightning_dopt.combine.vote import MajorityVote
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "PushSum",
     "RelaySum",
     "Repeated",
+    "Rescaled",
     "Wire",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -23,10 +23,10 @@ from torch.utils.data import (
 )
 
 from lightning_dopt._checks import check_choice, check_float, check_int
-from lightning_dopt.data.partition import contiguous, dirichlet, iid
+from lightning_dopt.data.partition import contiguous, dirichlet, iid, routed
 from lightning_dopt.data.sampler import Length, PartitionSampler, common_length
 
-Partition = Literal["iid", "dirichlet", "contiguous"]
+Partition = Literal["iid", "dirichlet", "contiguous", "routed"]
 
 # Hooks that Lightning treats by whether a data module overrides them; taken over only from a `data` that does.
 _FORWARDED = (
@@ -75,21 +75,21 @@ def worker_sampler(
         partition: how the data set is cut, a function of :mod:`lightning_dopt.data.partition`.
         alpha: concentration of ``dirichlet``; the other partitions ignore it.
         seed: seed of the cut and of the shuffles.
-        labels: class of every sample, needed by ``dirichlet``.
+        labels: class of every sample, needed by ``dirichlet``; route of every sample, needed by ``routed``.
         shuffle: whether each pass over the part is permuted.
         length: samples per worker and epoch (:func:`lightning_dopt.data.sampler.common_length`).
 
     Raises:
-        ValueError: a bad argument, fewer samples than workers, or ``dirichlet`` without one label per sample.
+        ValueError: a bad argument, fewer samples than workers, or ``dirichlet`` or ``routed`` without one label per sample.
     """
     worker, workers = worker_of(trainer)
-    check_choice("worker_sampler", "partition", partition, ("iid", "dirichlet", "contiguous"))
-    if partition == "dirichlet":
+    check_choice("worker_sampler", "partition", partition, get_args(Partition))
+    if partition in ("dirichlet", "routed"):
         if labels is None or len(labels) != n_samples:
             raise ValueError(
-                f"worker_sampler(partition='dirichlet'): needs labels, one for each of {n_samples} samples"
+                f"worker_sampler(partition={partition!r}): needs labels, one for each of {n_samples} samples"
             )
-        parts = dirichlet(labels, workers, alpha, seed)
+        parts = dirichlet(labels, workers, alpha, seed) if partition == "dirichlet" else routed(labels, workers)
     else:
         parts = iid(n_samples, workers, seed) if partition == "iid" else contiguous(n_samples, workers)
     # Workers shuffle differently: parts of one size would otherwise be visited in the same order of positions.
@@ -105,11 +105,13 @@ class PartitionedDataModule(LightningDataModule):
 
     Args:
         data: the data module to partition. All workers must build the same training set in the same order.
-        partition: ``iid``, ``dirichlet`` (skewed label mixes) or ``contiguous`` (stretches in the set's own order).
+        partition: ``iid``, ``dirichlet`` (skewed label mixes), ``contiguous`` (stretches in the set's own order) or ``routed``
+            (by a route that every sample has, see :func:`lightning_dopt.data.partition.routed`).
         alpha: concentration of ``dirichlet``: 0.1 is severe, 100 nearly even. The other partitions ignore it.
         seed: seed of the cut and of the shuffles.
         length: samples per worker and epoch: the ``mean`` size of the parts, the ``shortest`` or the ``longest``.
-        labels: name of the attribute of the training set that holds the labels, for ``dirichlet``; ``None`` looks for
+        labels: name of the attribute of the training set that holds the labels, for ``dirichlet``, or the routes, for
+            ``routed``; ``None`` looks for
             ``targets`` and ``labels``, and for the second tensor of a ``TensorDataset``.
 
     Raises:
@@ -127,7 +129,7 @@ class PartitionedDataModule(LightningDataModule):
         labels: str | None = None,
     ) -> None:
         super().__init__()
-        check_choice("PartitionedDataModule", "partition", partition, ("iid", "dirichlet", "contiguous"))
+        check_choice("PartitionedDataModule", "partition", partition, get_args(Partition))
         check_float("PartitionedDataModule", "alpha", alpha, 0.0, open_low=True, open_high=True)
         check_int("PartitionedDataModule", "seed", seed, 0)
         check_choice("PartitionedDataModule", "length", length, ("mean", "shortest", "longest"))
@@ -156,7 +158,7 @@ class PartitionedDataModule(LightningDataModule):
         """``data``'s training loader over this worker's part."""
         loader = self.data.train_dataloader()
         shuffle = _shuffles(loader)
-        wanted = labels_of(loader.dataset, self.labels) if self.partition == "dirichlet" else None
+        wanted = labels_of(loader.dataset, self.labels) if self.partition in ("dirichlet", "routed") else None
         size = len(loader.dataset)
         sampler = worker_sampler(
             size, self.trainer, self.partition, self.alpha, self.seed, wanted, shuffle, self.length

@@ -79,6 +79,39 @@ def dirichlet(labels: Tensor | Sequence[int], parts: int, alpha: float, seed: in
     return [(owner == part).nonzero().flatten() for part in range(parts)]
 
 
+def routed(routes: Tensor | Sequence[int], parts: int) -> list[Tensor]:
+    """Parts by a route that every sample has: worker ``w`` gets samples of the route ``w mod R``, of ``R`` routes in all.
+
+    Where several workers share a route each gets a stretch of its samples.
+
+    Args:
+        routes: route of every sample, from 0 on, shape (n_samples,).
+        parts: number of workers, a multiple of the number of routes.
+
+    Raises:
+        ValueError: routes that are not one integer per sample or that leave a worker without samples, or another number of
+            workers.
+    """
+    routes = torch.as_tensor(routes)
+    if routes.dim() != 1 or routes.is_floating_point() or routes.is_complex():
+        shape = tuple(routes.shape)
+        raise ValueError(f"routed(routes=<{routes.dtype}, shape {shape}>): must be one integer per sample")
+    _check("routed", len(routes), parts)
+    count = int(routes.max()) + 1
+    if int(routes.min()) < 0 or parts % count:
+        raise ValueError(f"routed(parts={parts}): must be a multiple of the {count} routes, which count from 0")
+    found = []
+    for worker in range(parts):
+        of_route = (routes == worker % count).nonzero().flatten()
+        found.append(of_route.tensor_split(parts // count)[worker // count])
+    empty = [worker for worker, part in enumerate(found) if not len(part)]
+    if empty:
+        raise ValueError(
+            f"routed(parts={parts}): worker {empty[0]} gets no sample, route {empty[0] % count} has too few"
+        )
+    return found
+
+
 def _shares(parts: int, alpha: float, generator: torch.Generator) -> Tensor:
     """One Dirichlet draw in float64, normalized in logarithms because gamma draws underflow for small ``alpha``.
 

@@ -12,6 +12,7 @@ from lightning_dopt.plans.desloc import desloc, mt_dao
 from lightning_dopt.plans.dfedsam import dfedsam
 from lightning_dopt.plans.diloco import diloco
 from lightning_dopt.plans.dilocox import dilocox
+from lightning_dopt.plans.dipaco import dipaco
 from lightning_dopt.plans.directed import push_diging, sgp
 from lightning_dopt.plans.dprox_sgt import dprox_sgt
 from lightning_dopt.plans.eager_diloco import delayed_diloco, eager_diloco
@@ -55,6 +56,7 @@ __all__ = [  # noqa: RUF022  (by family)
     "noloco",
     "co2",
     "adloco",
+    "dipaco",
     "desloc",
     "mt_dao",
     "savic",

@@ -115,32 +115,63 @@ class Groups(Topology):
 
     Args:
         members: The ranks of each group; together every rank exactly once.
+        counts: Weight of each rank in the mean of its group, such as its number of samples; ``None`` weighs all alike.
 
     Raises:
-        ValueError: an empty group or one that repeats a rank; from ``check``, ranks that are missing or too many.
+        ValueError: an empty group, one that repeats a rank, or counts that are not one positive number per rank; from
+            ``check``, ranks that are missing or too many.
     """
 
     agrees = True
 
-    def __init__(self, members: list[list[int]]) -> None:
+    def __init__(self, members: list[list[int]], counts: list[int] | None = None) -> None:
         self.members = [sorted(group) for group in members]
         ranks = [rank for group in self.members for rank in group]
         if not ranks or not all(self.members) or sorted(ranks) != list(range(len(ranks))):
             raise ValueError(f"Groups(members={members!r}): must name every rank from 0 on exactly once")
         self._of = {rank: group for group in self.members for rank in group}
+        self.counts = None if counts is None else list(counts)
+        self._shares = (
+            [1.0 / len(ranks)] * len(ranks) if counts is None else checked_shares("Groups", None, self.counts)
+        )
+        if len(self._shares) != len(ranks):
+            raise ValueError(f"Groups(counts={counts!r}): must have one number for each of {len(ranks)} ranks")
 
     def check(self, n: int) -> None:
         """Raise ``ValueError`` in one line unless the groups hold ``n`` ranks."""
         check_ranks("Groups", "members", len(self._of), n)
 
     def row(self, n: int, rank: int, step: int = 0) -> dict[int, float]:
-        """The same weight for everybody in the group."""
+        """The weights of everybody in the group, which sum to one."""
         group = self._of[rank]
-        return dict.fromkeys(group, 1.0 / len(group))
+        if self.counts is None:
+            return dict.fromkeys(group, 1.0 / len(group))
+        total = sum(self._shares[j] for j in group)
+        return {j: self._shares[j] / total for j in group}
 
     def is_mean(self, n: int) -> bool:
-        """Whether there is one group."""
-        return len(self.members) == 1
+        """Whether there is one group, of equal weights."""
+        return len(self.members) == 1 and self._even
+
+    @property
+    def _even(self) -> bool:
+        return all(self._shares[j] == self._shares[group[0]] for group in self.members for j in group)
+
+    def symmetric(self, n: int) -> bool:
+        """Whether weights within each group are equal."""
+        return self._even
+
+    def reversible(self, n: int) -> bool:
+        """Always: a group's matrix is ``1 lambda^T``."""
+        return True
+
+    def doubly_stochastic(self, n: int) -> bool:
+        """Whether weights within each group are equal."""
+        return self._even
+
+    def stationary(self, n: int) -> list[float]:
+        """The weights of the ranks; each group keeps its own mean."""
+        return list(self._shares)
 
 
 class RandomGroups(Topology):
