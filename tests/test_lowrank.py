@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 import threading
 import warnings
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +14,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes are not installed with the package
 
 from lightning_dopt.lowrank import CRNet, Factored, convert, predicted_error
 from lightning_dopt.lowrank.cross_layer import CrossLinear, coefficient

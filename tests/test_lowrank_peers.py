@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes are not installed with the package
 
 from lightning_dopt.lowrank import CoLA, CRNet, Factored, LoRA, ReLoRA, SLTrain, convert, merge, restart, rewarm
 from lightning_dopt.optim import GaLore, Grass

@@ -15,6 +15,8 @@ from lightning_dopt import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+PUBLISHED = ("60m", "130m", "350m", "1b", "7b")  # too large for this; test_recipes_lowrank.py parses them
+TRAINED = [p for p in RECIPES if p.stem.rpartition("_")[2] not in PUBLISHED]
 SMALL = {
     "llm": [
         "--model.init_args.n_layer=1",
@@ -65,6 +67,7 @@ def options(recipe: Path) -> list[str]:
     return [
         *chosen,
         *SMALL[recipe.parent.name],
+        *(["--model.init_args.n_layer=2"] if recipe.stem.startswith("crnet") else []),  # the first block stays dense
         "--trainer.max_steps=4",
         "--trainer.val_check_interval=4",
         "--trainer.limit_val_batches=2",
@@ -97,7 +100,7 @@ def test_says_what_it_does(recipe: Path) -> None:
 
 @pytest.mark.trainer
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize("recipe", TRAINED, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_trains(recipe: Path) -> None:
     if "lightning_dopt.plans." in recipe.read_text() and _version(jsonargparse.__version__) < (4, 41):
         pytest.skip("older jsonargparse takes classes only")

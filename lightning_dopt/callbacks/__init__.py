@@ -1,7 +1,6 @@
 """Callbacks beside the strategies."""
 
-from lightning_dopt.callbacks.adaptive_batch import AdaptiveBatch
+from lightning_dopt.callbacks.low_rank import LowRank
 from lightning_dopt.callbacks.mergeability import Mergeability
-from lightning_dopt.callbacks.restart_points import RestartPoints
 
-__all__ = ["AdaptiveBatch", "Mergeability", "RestartPoints"]
+__all__ = ["LowRank", "Mergeability"]

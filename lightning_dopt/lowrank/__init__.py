@@ -6,6 +6,7 @@ from lightning_dopt.lowrank.lora import LoRA, ReLoRA, merge, restart, rewarm
 from lightning_dopt.lowrank.method import Factored, Method
 from lightning_dopt.lowrank.peers import CoLA, SLTrain
 from lightning_dopt.lowrank.recompute import predicted_error
+from lightning_dopt.lowrank.registry import method
 
 __all__ = [
     "CRNet",
@@ -17,6 +18,7 @@ __all__ = [
     "SLTrain",
     "convert",
     "merge",
+    "method",
     "predicted_error",
     "restart",
     "rewarm",

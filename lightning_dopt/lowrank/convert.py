@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from lightning_dopt._checks import check_choice
 from lightning_dopt.lowrank.method import Factors, Method
 from lightning_dopt.lowrank.ranks import Rank, Site, affordable, given
-from lightning_dopt.lowrank.registry import METHODS
+from lightning_dopt.lowrank.registry import method as named
 
 
 def convert(
@@ -50,11 +50,11 @@ def convert(
     Raises:
         ValueError: an argument out of range, or a module that does not fit: it names the module and says why.
     """
-    method = _method(method)
+    chosen = named(method)
     stack = _stack(model, blocks)
     members = list(stack)
     names = _targets(members, targets, blocks)
-    skipped = int(method.first_dense)
+    skipped = int(chosen.first_dense)
     sites = [
         Site(f"{blocks}.{k}.{name}", name, k, k - skipped, _linear(block, f"{blocks}.{k}", name))
         for k, block in enumerate(members)
@@ -62,18 +62,11 @@ def convert(
     ]
     _check_sites(sites, len(names))
     low = [site for site in sites if site.place >= 0]
-    ranks = _ranks(model, method, sites[: len(sites) - len(low)], low, len(members) - skipped, rank, budget, profile)
-    method.install(model, sites, [0] * (len(sites) - len(low)) + ranks)
-    for k, block in enumerate(method.stack(members, names)):
+    ranks = _ranks(model, chosen, sites[: len(sites) - len(low)], low, len(members) - skipped, rank, budget, profile)
+    chosen.install(model, sites, [0] * (len(sites) - len(low)) + ranks)
+    for k, block in enumerate(chosen.stack(members, names)):
         stack[k] = block
     return model
-
-
-def _method(method: str | Method) -> Method:
-    if isinstance(method, Method):
-        return method
-    check_choice("convert", "method", method, METHODS)
-    return METHODS[method]()
 
 
 def _stack(model: nn.Module, blocks: str) -> nn.ModuleList | nn.Sequential:
@@ -120,6 +113,8 @@ def _linear(block: nn.Module, path: str, name: str) -> nn.Linear:
     if type(module) is not nn.Linear:
         kind = type(module).__name__
         raise ValueError(f"convert: {path}.{name} is of type {kind}, only nn.Linear itself can be replaced")
+    if hasattr(module.weight, "device_mesh"):
+        raise ValueError(f"convert: {path}.{name} is sharded; convert first, then shard")
     if parametrize.is_parametrized(module) or module._forward_hooks or module._forward_pre_hooks:
         raise ValueError(f"convert: {path}.{name} has hooks or parametrizations, which would be lost")
     return module

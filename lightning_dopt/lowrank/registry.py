@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_dopt._checks import check_choice
 from lightning_dopt.lowrank.crnet import CRNet
 from lightning_dopt.lowrank.lora import LoRA, ReLoRA
 from lightning_dopt.lowrank.method import Factored, Method
@@ -15,3 +16,15 @@ METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "relora": ReLoRA,
 }
+
+
+def method(method: str | Method) -> Method:
+    """A method by its name, or as it is.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if isinstance(method, Method):
+        return method
+    check_choice("convert", "method", method, METHODS)
+    return METHODS[method]()

@@ -1,6 +1,8 @@
-"""Byte-level language modelling: a small decoder-only transformer and a folder of text."""
+"""Language modelling: small decoder-only transformers, and text as bytes or tokens."""
 
 from recipes.llm.data import TextFolder
+from recipes.llm.llama import Llama
 from recipes.llm.model import ByteGPT
+from recipes.llm.tokens import TokenFiles
 
-__all__ = ["ByteGPT", "TextFolder"]
+__all__ = ["ByteGPT", "Llama", "TextFolder", "TokenFiles"]

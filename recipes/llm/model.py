@@ -78,7 +78,67 @@ def warmup_cosine(step: int, warmup_steps: int, max_steps: float) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * progress)
 
 
-class ByteGPT(LightningModule):
+class LanguageModel(LightningModule):
+    """What is the same for all models here: the loss of a batch, what is logged, the optimizer and its schedule.
+
+    A batch is an integer tensor of shape (batch, length + 1). Logs ``train/loss`` (nats per token, every step) and, averaged
+    over workers, ``val/loss``. Trains with AdamW; weight decay acts on matrices only, not on norms.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: decoupled decay of the matrices.
+        betas: AdamW's averaging coefficients.
+        warmup_steps: optimizer steps of linear warm-up.
+        max_steps: optimizer step at which the cosine ends; ``None`` asks the Trainer for the length of the training.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self, lr: float, weight_decay: float, betas: tuple[float, float], warmup_steps: int, max_steps: int | None
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        check_int(owner, "warmup_steps", warmup_steps, 0)
+        check_float(owner, "lr", lr, 0.0, open_low=True)
+        check_float(owner, "weight_decay", weight_decay, 0.0)
+        if max_steps is not None:
+            check_int(owner, "max_steps", max_steps, 1)
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
+        self.warmup_steps, self.max_steps = warmup_steps, max_steps
+
+    def _loss(self, batch: Tensor) -> Tensor:
+        tokens = batch.long()
+        return functional.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Mean loss of one batch, in nats per token."""
+        loss = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Log the loss of one batch, averaged over batches and workers."""
+        loss = self._loss(batch)
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW in two groups (matrices with decay, vectors without) and a schedule that moves every step."""
+        weights = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in weights if p.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        steps = self.trainer.estimated_stepping_batches if self.max_steps is None else self.max_steps
+        factor = partial(warmup_cosine, warmup_steps=self.warmup_steps, max_steps=steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ByteGPT(LanguageModel):
     """Predicts the next byte. A batch is an integer tensor of shape (batch, length + 1), with ``length <= context``.
 
     Logs ``train/loss`` (nats per byte, every step) and, averaged over workers, ``val/loss`` and ``val/bpb`` (bits per
@@ -118,21 +178,15 @@ class ByteGPT(LightningModule):
         max_steps: int | None = None,
         tie_weights: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(lr, weight_decay, betas, warmup_steps, max_steps)
         for name, value, least in (("n_layer", n_layer, 1), ("n_head", n_head, 1), ("n_embd", n_embd, 16)):
             check_int("ByteGPT", name, value, least)
         check_int("ByteGPT", "context", context, 1)
-        check_int("ByteGPT", "warmup_steps", warmup_steps, 0)
-        check_float("ByteGPT", "lr", lr, 0.0, open_low=True)
-        check_float("ByteGPT", "weight_decay", weight_decay, 0.0)
         check_float("ByteGPT", "dropout", dropout, 0.0, 1.0, open_high=True)
         if n_embd % (2 * n_head):
             raise ValueError(f"ByteGPT(n_head={n_head!r}): n_embd={n_embd} must be a multiple of 2 * n_head")
-        if max_steps is not None:
-            check_int("ByteGPT", "max_steps", max_steps, 1)
         self.save_hyperparameters()
-        self.context, self.lr, self.weight_decay, self.betas = context, lr, weight_decay, betas
-        self.warmup_steps, self.max_steps = warmup_steps, max_steps
+        self.context = context
         self.embedding = nn.Embedding(VOCABULARY, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
         self.norm = nn.RMSNorm(n_embd)
@@ -160,34 +214,11 @@ class ByteGPT(LightningModule):
             x = block(x, cos, sin)
         return self.head(self.norm(x))
 
-    def _loss(self, batch: Tensor) -> Tensor:
-        tokens = batch.long()
-        return functional.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Mean loss of one batch, in nats per byte."""
-        loss = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Log the loss of one batch, averaged over batches and workers."""
-        loss = self._loss(batch)
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        loss = super().validation_step(batch, batch_idx)
         self.log("val/bpb", loss / math.log(2), sync_dist=True)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW in two groups (matrices with decay, vectors without) and a schedule that moves every step."""
-        weights = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in weights if p.dim() >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
-        steps = self.trainer.estimated_stepping_batches if self.max_steps is None else self.max_steps
-        factor = partial(warmup_cosine, warmup_steps=self.warmup_steps, max_steps=steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return loss
 
     @torch.no_grad()
     def generate(self, prompt: bytes, length: int, temperature: float = 0.8, seed: int = 0) -> bytes:
