@@ -367,7 +367,9 @@ class _SizedLane(LaneRunner):
 
     def memory(self) -> dict[str, int]:
         """Bytes this lane keeps, by purpose."""
-        self._load(_LONG_RUN)  # warm starts come into being with the first message
+        channel = self.channel.at(_LONG_RUN)
+        if channel.sums:
+            _summands(channel)  # its warm starts
         used = {
             "anchors": _size(self.anchor),
             "outer optimizer": self._outer_state(),
@@ -507,9 +509,9 @@ class _SizedEngine(Engine):
 
 
 def _summands(channel: Channel) -> list[Tensor]:
-    """What one message of a linear codec adds up over the ranks, in order."""
+    """What one message of a linear codec adds up over the ranks, in order; warm starts come into being with it."""
     value = torch.empty(channel.lane.numel, dtype=channel.lane.message_dtype, device=_META)
-    rounds = channel.packing.rounds(value, {}, 0, channel.world.size)
+    rounds = channel.packing.rounds(value, channel.codec_state, 0, channel.world.size)
     parts = []
     try:
         part = next(rounds)
