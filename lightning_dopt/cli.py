@@ -111,9 +111,14 @@ def list_command(arguments: Sequence[str]) -> str:
 def describe_command(arguments: Sequence[str]) -> str:
     """``dopt describe``."""
     name, parser = _method_parser("describe", arguments)
+    parser.add_argument(
+        "--mbit", type=float, default=0.0, help="choose how messages travel for such a bandwidth, in Mbit/s"
+    )
+    parser.add_argument("--ms", type=float, default=0.0, help="and such a one-way latency, in milliseconds")
     plan, given, shapes, buffers = _parsed(name, parser, arguments[1:])
     chosen = {key: given[f"plan.{key}"] for key in inspect.signature(show.method(name)).parameters}
-    return show.description(name, chosen, plan, shapes, buffers, given["n"], given["steps"])
+    link = Link(given["mbit"], given["ms"])
+    return show.description(name, chosen, plan, shapes, buffers, given["n"], given["steps"], link)
 
 
 def simulate_command(arguments: Sequence[str]) -> str:

@@ -133,8 +133,8 @@ class Channel:
         """How the tensors of the next message are packed; it changes only between messages."""
         self.two_phase = TwoPhase(sync.codec, self._parts(), self.shapes, start, world.size, world.rank, self.seal)
         """The two legs of a mean, if messages travel so."""
-        self.transport = self._chosen()
-        """How messages travel; see :func:`~lightning_dopt.transport.choose`."""
+        self.transport, self.reason = self._chosen()
+        """How messages travel, and why; see :func:`~lightning_dopt.transport.choose`."""
         self.exchanges = sync.combine.exchanges(sync.peers, world.size)
         self._free: list[Tensor] = []
         self._boxes: dict[tuple[int, int], Tensor] = {}
@@ -157,13 +157,13 @@ class Channel:
         self.allocation.update(survey if isinstance(survey, Tensor) else (yield survey))
         self.packing = self.packing.repacked(self._parts())
 
-    def _chosen(self) -> Way:
+    def _chosen(self) -> tuple[Way, str]:
         sync, n = self.sync, self.world.size
         if self.linked or not sync.peers.is_mean(n):
-            return "neighbors"
+            return "neighbors", "not all ranks hear all"
         dense = self.lane.numel * self.lane.message_dtype.itemsize
         sent = busiest(self.two_phase, self.message_bytes + self.seal)
-        return choose(sync.transport, sync.codec, sync.combine, n, dense, sent)
+        return choose(sync.transport, sync.codec, sync.combine, n, dense, sent, self.world.link)
 
     @property
     def hops(self) -> int:

@@ -58,6 +58,8 @@ class Forecast:
     transports: Mapping[str, Mapping[str, int]]
     """By sync, the transports its messages could take, the one they take first, and the payload bytes that the busiest rank
     would send for one exchange. Where parts of a sync take different ones, the first is that of most bytes."""
+    reasons: Mapping[str, str]
+    """By sync, why the first of :attr:`transports` is taken, for the largest message where it sends several (buckets, types)."""
 
     @property
     def bytes(self) -> list[int]:
@@ -98,7 +100,7 @@ def forecast(
         n: Number of workers.
         parameters: Shape of each trainable parameter by name, in the order of the module.
         steps: Optimizer steps.
-        link: Speed of each worker's link; ``None`` means unlimited.
+        link: Speed of each worker's link; ``None`` means unlimited. ``Sync(transport="auto")`` takes what is faster over it.
         step_seconds: Seconds that one inner step takes, one number or one per rank.
         buffers: Number of floating point elements in the module's buffers, if they are averaged.
         dtype: Type of the parameters.
@@ -114,7 +116,7 @@ def forecast(
     each = [float(step_seconds)] if isinstance(step_seconds, (int, float)) else list(step_seconds)
     if len(each) not in (1, n) or min(each) < 0:
         raise ValueError(f"forecast(step_seconds={step_seconds!r}): must be one number of at least 0, or {n} of them")
-    world = _AllRanks(n, link or Link())
+    world = _AllRanks(n, link)
     named = {name: torch.empty(tuple(shape), dtype=dtype, device=_META) for name, shape in parameters.items()}
     engine = _SizedEngine(plan, named, world, {"buffers": torch.empty(buffers, device=_META)}, lr)
     memory, peak = engine.memory(), 0
@@ -140,6 +142,7 @@ def forecast(
         replanned=engine.replanned(),
         memory=memory,
         transports=engine.transports(),
+        reasons=engine.reasons(),
     )
 
 
@@ -191,11 +194,16 @@ class _Arrival(Pending):
 class _AllRanks(World):
     """A world that stands for all of its ranks: as one worker while all have done the same, as ``n`` from then on."""
 
-    def __init__(self, size: int, link: Link) -> None:
+    def __init__(self, size: int, link: Link | None) -> None:
         super().__init__(0, size)
-        self.link = link
-        self.workers = [_Worker(LinkClock(link))]
+        self._known, self._link = link, link or Link()
+        self.workers = [_Worker(LinkClock(self._link))]
         self._loads: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
+
+    @property
+    def link(self) -> Link | None:
+        """See :attr:`World.link`."""
+        return self._known
 
     def compute(self, seconds: list[float]) -> None:
         """All ranks compute."""
@@ -233,19 +241,19 @@ class _AllRanks(World):
     def all_reduce(self, tensor: Tensor, label: str, *, overhead: bool = False) -> Pending:
         """See :meth:`World.all_reduce`."""
         nbytes = tensor.nbytes
-        sent, seconds = [all_reduce_bytes(nbytes, self.size)], [self.link.all_reduce(nbytes, self.size)]
+        sent, seconds = [all_reduce_bytes(nbytes, self.size)], [self._link.all_reduce(nbytes, self.size)]
         return self._start(label, sent, seconds, overhead=overhead)
 
     def all_gather(self, payload: Tensor, label: str) -> Pending:
         """See :meth:`World.all_gather`."""
         nbytes = payload.nbytes
-        return self._start(label, [all_gather_bytes(nbytes, self.size)], [self.link.all_gather(nbytes, self.size)])
+        return self._start(label, [all_gather_bytes(nbytes, self.size)], [self._link.all_gather(nbytes, self.size)])
 
     def gossip(self, nbytes: int, peers: Topology, round_: int, label: str) -> Pending:
         """Every rank exchanges messages of ``nbytes`` with its neighbours of that round."""
         loads = self._degrees(peers, round_)
         sent = [nbytes * out for out, _ in loads]
-        seconds = [self.link.exchange(max(s, nbytes * len(heard))) for s, (_, heard) in zip(sent, loads, strict=True)]
+        seconds = [self._link.exchange(max(s, nbytes * len(heard))) for s, (_, heard) in zip(sent, loads, strict=True)]
         return self._start(label, sent, seconds, [heard for _, heard in loads])
 
     def chunks(self, two_phase: TwoPhase, leg: int, label: str) -> Pending:
@@ -255,7 +263,7 @@ class _AllRanks(World):
         got = [two_phase.sent_bytes(j)[1 - leg] for j in ranks]
         filled = [j for j in ranks if two_phase.chunks[j].nbytes]
         sources = [[i for i in (ranks if leg == 0 and j in filled else filled if leg else []) if i != j] for j in ranks]
-        seconds = [self.link.exchange(max(pair)) for pair in zip(sent, got, strict=True)]
+        seconds = [self._link.exchange(max(pair)) for pair in zip(sent, got, strict=True)]
         return self._start(label, sent, seconds, sources)
 
     def _degrees(self, peers: Topology, round_: int) -> list[tuple[int, list[int]]]:
@@ -476,6 +484,16 @@ class _SizedEngine(Engine):
             each = [lane.transports() for lane in runner.lanes if isinstance(lane, _SizedLane)]
             each.sort(key=lambda ways: -next(iter(ways.values())))
             found[runner.label] = {way: sum(ways[way] for ways in each) for way in each[0]} if each else {}
+        return found
+
+    def reasons(self) -> dict[str, str]:
+        """Why the first of :meth:`transports` is taken, by sync."""
+        found = {}
+        for runner in self._all_runners():
+            lanes = [lane for lane in runner.lanes if isinstance(lane, _SizedLane)]
+            if lanes:
+                most = max(lanes, key=lambda lane: next(iter(lane.transports().values())))
+                found[runner.label] = most.channel.at(0).reason
         return found
 
     def rounds(self) -> dict[str, int]:

@@ -51,7 +51,7 @@ class Sync(Part):
         apply: When and how do the live tensors take the result?
         transport: How do messages travel where all ranks hear all? ``"all_reduce"`` sums linear messages on the way,
             ``"all_gather"`` gives every message to every rank, ``"two_phase"`` averages chunks and packs the mean a second
-            time (:class:`~lightning_dopt.transport.TwoPhase`). ``"auto"`` goes by sizes, see
+            time (:class:`~lightning_dopt.transport.TwoPhase`). ``"auto"`` goes by sizes and the link, if one is told, see
             :func:`~lightning_dopt.transport.choose`; over sparser graphs messages go to neighbours.
 
     Raises:

@@ -121,15 +121,23 @@ def listing(registered: Iterable[str], others: Mapping[str, str]) -> str:
 
 
 def description(
-    name: str, arguments: Mapping[str, object], plan: Plan, shapes: Shapes, buffers: int, n: int, steps: int
+    name: str,
+    arguments: Mapping[str, object],
+    plan: Plan,
+    shapes: Shapes,
+    buffers: int,
+    n: int,
+    steps: int,
+    link: Link | None = None,
 ) -> str:
-    """A method, its options, its plan and what the plan costs."""
+    """A method, its options, its plan and what the plan costs; over a ``link``, if the way of messages is to be chosen for one."""
     function = method(name)
-    told = forecast(plan, n, shapes, steps, buffers=buffers)
+    told = forecast(plan, n, shapes, steps, link, buffers=buffers)
     lines = [f"{name}: {title(function)}", *papers(function)]
     lines += ["", *_options(function, arguments)]
     for label, sync in zip(plan.labels(), plan, strict=True):
-        lines += ["", f"sync '{label}'", *_fields(sync), *_ways(told.transports.get(label, {}))]
+        lines += ["", f"sync '{label}'", *_fields(sync)]
+        lines += _ways(told.transports.get(label, {}), told.reasons.get(label, ""))
     if plan.corrections:
         lines += ["", "corrections", *(f"  {c!r}" for c in plan.corrections)]
     lines += ["", f"{_model(shapes)}, {n} workers, {steps} steps: payload sent by the busiest worker", *_traffic(told)]
@@ -266,11 +274,11 @@ def _fields(sync: Sync) -> list[str]:
     return [f"  {name:<10}{value!r}" for name, value in sync.arguments().items()]
 
 
-def _ways(ways: Mapping[str, int]) -> list[str]:
-    """How messages travel, and what the other transports would take."""
+def _ways(ways: Mapping[str, int], reason: str) -> list[str]:
+    """How messages travel, what the other transports would take, and why."""
     each = [f"{way} {_bytes(nbytes)}" for way, nbytes in ways.items()]
     other = f" (instead of {', '.join(each[1:])})" if each[1:] else ""
-    return [f"  travels   {each[0]} per exchange{other}"] if each else []
+    return [f"  travels   {each[0]} per exchange{other}: {reason}"] if each else []
 
 
 def _traffic(told: Forecast) -> list[str]:

@@ -32,6 +32,7 @@ class Simulation:
         backward: Called with (rank, parameters, step) before each step; sets ``grad`` of the parameters.
         optimizer: Makes the inner optimizer of a list of parameters, such as ``lambda ps: torch.optim.SGD(ps, lr=0.1)``.
         link: Speed of each worker's link, for virtual time; ``None`` measures no time.
+            ``Sync(transport="auto")`` takes what is faster over it.
         step_seconds: Virtual seconds that one inner step takes, one number or one per rank.
         on_lost_peer: What happens after :meth:`kill`: ``"continue"`` goes on without the rank, ``"end"`` raises.
         patience: Virtual seconds to wait for a neighbour before its link is to rest; see :class:`ProcessGroupWorld`.

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_dopt._random import key
 from lightning_dopt.combine import Combine
 from lightning_dopt.comm.ledger import all_gather_bytes, all_reduce_bytes
+from lightning_dopt.comm.link import Link
 from lightning_dopt.comm.world import Talk
 from lightning_dopt.compress import Budget, Identity
 from lightning_dopt.compress.base import Codec, Compressor, Shape, Share, numel
@@ -228,13 +229,21 @@ def is_plain(combine: Combine) -> bool:
 
 
 def choose(
-    transport: Transport, codec: Codec, combine: Combine, n: int, dense: int, bytes_sent: Mapping[str, int]
-) -> Way:
-    """What ``"auto"`` stands for, from sizes alone, so that all ranks and all runs agree.
+    transport: Transport,
+    codec: Codec,
+    combine: Combine,
+    n: int,
+    dense: int,
+    bytes_sent: Mapping[str, int],
+    link: Link | None = None,
+) -> tuple[Way, str]:
+    """What ``"auto"`` stands for and why, from sizes and the link alone, so that all ranks and all runs agree.
 
-    Linear messages are summed. Others are gathered, which changes nothing about the method, as long as that takes no more
-    bytes than the uncompressed all-reduce. Where it does, it defeats its purpose, and the two legs are taken
-    if they take fewer bytes and the second is sound: unbiased, or with its error fed back.
+    Linear messages are summed. Others are gathered, which changes nothing about the method, or go in two legs where the second
+    is sound: unbiased, or with its error fed back. Over a link of known speed the faster of both is taken,
+    ``(n - 1) (latency + p / bandwidth)`` or ``2 latency`` and the bytes of both legs. Where the link is not known, messages are
+    gathered as long as that takes no more bytes than the uncompressed all-reduce; where it does, it defeats its purpose, and the
+    two legs are taken if they take fewer.
 
     Args:
         transport: As asked for; anything but ``"auto"`` is returned.
@@ -243,20 +252,34 @@ def choose(
         n: Number of ranks.
         dense: Bytes of the uncompressed message.
         bytes_sent: Bytes that the busiest rank sends per message, by transport.
+        link: Speed of each rank's link; ``None``, or one without limit and latency: not known.
     """
     if transport != "auto":
-        return transport
+        return transport, "as told"
     if sums(codec, combine):
-        return "all_reduce"
+        return "all_reduce", "linear messages are summed"
     compressor, memory = as_compressor(codec)
     sound = may_relay(codec) if memory is not None else compressor.variance((4096,)) is not None
-    gathered = bytes_sent["all_gather"]
-    pays = gathered > all_reduce_bytes(dense, n) and bytes_sent["two_phase"] < gathered
-    return (
-        "two_phase"
-        if n > 2 and not isinstance(compressor, Budget) and sound and pays and combine.linear and is_plain(combine)
-        else "all_gather"
-    )
+    gathered, legs = bytes_sent["all_gather"], bytes_sent["two_phase"]
+    if n <= 2:
+        return "all_gather", "two phases win nothing for two workers"
+    if isinstance(compressor, Budget) or not combine.linear or not is_plain(combine):
+        return "all_gather", "this budget or rule needs whole messages"
+    if not sound:
+        return "all_gather", "a second packing would bias the mean"
+    if link is None or not (link.mbit or link.ms):
+        most = all_reduce_bytes(dense, n)
+        if gathered <= most:
+            return "all_gather", f"a message takes no more than the {most:,} B of an uncompressed all-reduce"
+        why = f"gathered a message takes more than the {most:,} B of an uncompressed all-reduce"
+        return ("two_phase" if legs < gathered else "all_gather"), why
+    whole, halves = (n - 1) * link.ms * 1e-3 + link.transfer(gathered), 2 * link.ms * 1e-3 + link.transfer(legs)
+    why = f"over this link a message takes {_ms(whole)} gathered, {_ms(halves)} in two phases"
+    return ("two_phase" if halves < whole else "all_gather"), why
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.3g} ms" if seconds < 1.0 else f"{seconds:,.3g} s"
 
 
 def busiest(two_phase: TwoPhase, nbytes: int) -> dict[str, int]:

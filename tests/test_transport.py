@@ -298,3 +298,36 @@ def test_refused(make: Callable[[], Any], match: str) -> None:
 def test_every_memory_has_a_second_leg_or_is_refused() -> None:
     with pytest.raises(ValueError, match="no second leg"):
         gradients(DIANA(Int8(stochastic=True)))
+
+
+@pytest.mark.parametrize(
+    ("n", "ratio", "link", "way"),
+    [
+        (4, 0.25, None, "all_gather"),  # 3 messages of 0.5 are no more than 2 (n - 1) / n = 1.5
+        (4, 0.25, Link(), "all_gather"),
+        (4, 0.25, Link(mbit=10), "two_phase"),  # 1.5 messages take less time than 3
+        (2, 0.25, Link(mbit=10), "all_gather"),
+        (4, 0.25, Link(ms=10), "two_phase"),  # two times the latency, not three
+        (3, 0.001, Link(mbit=1, ms=10), "all_gather"),  # as many latencies, and chunks of one element are not smaller
+    ],
+)
+def test_over_a_link_the_faster_way_is_taken(n: int, ratio: float, link: Link | None, way: str) -> None:
+    plan = gradients(ErrorFeedback(TopK(ratio)), "auto")
+    told = forecast(plan, n, {"w": (1000,)}, 1, link)
+    assert next(iter(told.transports["gradients"])) == way
+    if link is not None:
+        each = [gradients(ErrorFeedback(TopK(ratio)), w) for w in ("all_gather", "two_phase")]
+        assert told.seconds == min(forecast(p, n, {"w": (1000,)}, 1, link).seconds for p in each)
+    run = Simulation(
+        plan, n, lambda _: {"w": torch.zeros(1000)}, lambda *_: None, lambda ps: torch.optim.SGD(ps, lr=0.1), link=link
+    )
+    assert {e.gradients[0][0].runner.lanes[0].channel.transport for e in run.engines} == {way}
+
+
+def test_the_reason_is_told() -> None:
+    over = forecast(gradients(ErrorFeedback(TopK(0.25)), "auto"), 4, {"w": (1000,)}, 1, Link(mbit=8, ms=10)).reasons
+    # chunks of 250 elements take one byte for a position, not two
+    assert over == {"gradients": "over this link a message takes 34.5 ms gathered, 21.9 ms in two phases"}
+    linear = forecast(gradients(LowRank(2), "auto"), 4, {"w": (100, 100)}, 1).reasons
+    assert linear == {"gradients": "linear messages are summed"}
+    assert forecast(gradients(Int8(), "two_phase"), 4, {"w": (10,)}, 1).reasons == {"gradients": "as told"}

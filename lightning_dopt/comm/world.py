@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lightning_dopt.comm.ledger import Ledger
-from lightning_dopt.comm.link import LinkClock
+from lightning_dopt.comm.link import Link, LinkClock
 from lightning_dopt.comm.links import Links
 
 T = TypeVar("T")
@@ -59,6 +59,11 @@ class World(ABC):
         """What this rank knows of links that may fail or rest; ``None`` if none may."""
         self.present = list(range(size))
         """The ranks that took part in the last sum over all: all of them, less those that were lost."""
+
+    @property
+    def link(self) -> Link | None:
+        """Speed of the links, as far as it is known: that of the virtual clock."""
+        return self.clock.link if self.clock is not None else None
 
     @property
     def lost(self) -> list[int]:

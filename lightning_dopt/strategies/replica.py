@@ -59,6 +59,7 @@ class ReplicaStrategy(Collectives):
             all-reduce of the model each; 0 measures at validation only.
         link: Also keep a virtual clock as if all ranks were connected by such links: ``comm/link_s`` is the time the run
             would have taken so far (measured computing, modelled messages), ``comm/link_stall_s`` how much of it is waiting.
+            ``Sync(transport="auto")`` takes what is faster over it.
             A rank's clock knows its own messages only: where ranks are equally fast and send equally much in each round it
             gives the time of ``Simulation``, elsewhere it does not wait for a late peer.
         link_step_seconds: Seconds of computing per optimizer step for that clock, as ``step_seconds`` of ``Simulation``;
