@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from math import ceil
 
 import pytest
@@ -441,3 +442,15 @@ def test_a_saved_hub_goes_on_exactly() -> None:
 def test_bad_arguments_are_named_in_one_line(call: object, text: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*" + text):
         call()  # type: ignore[operator]
+
+
+def test_momentum_on_every_arrival_warns() -> None:
+    with pytest.warns(
+        UserWarning, match=r"outer=Nesterov\(\)\): momentum .* 4 workers.*use outer=DelayedNesterov\(delay=4\)$"
+    ):
+        simulate(HubRule(OnArrival(), outer=outer.Nesterov()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate(delayed_nesterov(4))
+        simulate(fedasync())
+        simulate(HubRule(Count(4, wait=True), outer=outer.Nesterov()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_dopt._checks import check_int
 from lightning_dopt.asynchronous.hub_rules import Arrival, HubRule
+from lightning_dopt.outer import SGD
 from lightning_dopt.pace import LocalSteps
 
 
@@ -52,6 +54,7 @@ class Hub:
     def __init__(self, rule: HubRule, start: Sequence[Tensor], n: int, local_steps: LocalSteps) -> None:
         self.rule, self.n, self.local_steps = rule, check_int("Hub", "n", n, 1), local_steps
         rule.weights.check(n)
+        _warn_of_momentum(rule, n)
         if local_steps.speeds is not None and len(local_steps.speeds) != n:
             raise ValueError(f"LocalSteps(speeds={local_steps.speeds!r}): must be {n} numbers, one per worker")
         self.reference = [t.detach().clone() for t in start]
@@ -164,6 +167,16 @@ class Hub:
         self.staleness, self.alive = Counter(state["staleness"]), set(state["alive"])
         self._gathered = [Push(**push) for push in state["gathered"]]
         self._speeds = dict(state["speeds"])
+
+
+def _warn_of_momentum(rule: HubRule, n: int) -> None:
+    """Momentum that moves with every single arrival is in effect ``n`` times as strong, along changes that are old."""
+    if rule.when.apart and n > 1 and isinstance(rule.outer, SGD) and rule.outer.momentum:
+        warnings.warn(
+            f"HubRule(outer={rule.outer!r}): momentum moves with every one of the stale changes of {n} workers, which amplifies "
+            f"them; use outer=DelayedNesterov(delay={n})",
+            stacklevel=4,
+        )
 
 
 def _add(sums: list[Tensor], changes: list[Tensor], weight: float) -> list[Tensor]:
