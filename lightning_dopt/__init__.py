@@ -76,13 +76,17 @@ __version__ = "0.1.0.dev0"
 
 from lightning_dopt.strategies import (
     AsyncGossipStrategy,
+    BilevelModule,
+    BilevelStrategy,
     CompressedDDPStrategy,
     DiLoCoStrategy,
+    DSOBAStrategy,
     GossipStrategy,
     LocalSGDStrategy,
     LoFiStrategy,
     ReplicaStrategy,
     ShardedStrategy,
+    SparkleStrategy,
     register,
 )
 
@@ -94,6 +98,8 @@ __all__ = [  # noqa: RUF022
     "AtEnd",
     "AsyncGossipStrategy",
     "Bernoulli",
+    "BilevelModule",
+    "BilevelStrategy",
     "BF16",
     "Blocking",
     "Buffers",
@@ -110,6 +116,7 @@ __all__ = [  # noqa: RUF022
     "DiLoCoStrategy",
     "Directed",
     "Drifted",
+    "DSOBAStrategy",
     "EControl",
     "EF21",
     "Either",
@@ -171,6 +178,7 @@ __all__ = [  # noqa: RUF022
     "SAM",
     "ShardedStrategy",
     "Sign",
+    "SparkleStrategy",
     "SimulatedWorld",
     "Simulation",
     "Star",

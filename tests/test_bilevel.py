@@ -487,5 +487,32 @@ def test_losses_that_are_none_are_refused() -> None:
     assert "the lower gradient of rank 0 is not finite" in tell(lambda: (y / 0).sum(), good)
 
 
+class Once(torch.autograd.Function):
+    """The sum of squares, without second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return y.square().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0]
+
+
+def test_lower_losses_without_second_derivatives_are_refused_or_differenced() -> None:
+    y, x = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+
+    def losses(lower: Any) -> Losses:
+        return Losses(lower, lambda: (x + y).sum(), {"y": y}, {"x": x})
+
+    z = [torch.ones(2)]
+    for lower in (lambda: Once.apply(y), lambda: Once.apply(y).square(), lambda: Once.apply(y) ** 2 + y @ y, y.sum):
+        with pytest.raises(ValueError, match=r"^order='second': [^\n]*use order='first'[^\n]*$"):
+            SecondOrder(losses(lower)).hessian(z)
+    assert FirstOrder(losses(lambda: Once.apply(y)), 0.1, "central").hessian(z)[0].tolist() == pytest.approx([2, 2])
+
+
 def test_kappa_may_be_given() -> None:
     assert ExactDiffusion(0.1) in sparkle(lower=Level(ExactDiffusion(0.1))).lower.corrections

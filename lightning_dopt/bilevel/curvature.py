@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -34,18 +35,24 @@ class SecondOrder:
 
     Args:
         losses: Of this step.
+        trusted: Whether operations that say that they can be differentiated once only need not be looked for. Autograd
+            would leave out without a word what goes through them.
 
     Raises:
         ValueError: as :meth:`Losses.lower_gradient`; or an operation of the lower loss has no second derivative.
     """
 
-    def __init__(self, losses: Losses) -> None:
+    def __init__(self, losses: Losses, trusted: bool = False) -> None:
         self.losses = losses
         with torch.enable_grad():
             value = losses.lower_value()
             found = torch.autograd.grad(value, losses.lower, create_graph=True, allow_unused=True)
         self._gradient = found
         filled(found, losses.lower, "lower")
+        if not trusted and _once_only(found):
+            raise ValueError(
+                "order='second': lower_loss uses an operation that is differentiable once only, use order='first'"
+            )
 
     def lower_gradient(self) -> Tensors:
         """See :meth:`Curvature.lower_gradient`."""
@@ -70,16 +77,20 @@ class SecondOrder:
             for g, part in zip(self._gradient, z, strict=True)
             if g is not None and g.requires_grad
         ]
-        if not pairs:  # the lower loss is linear
-            return [torch.zeros_like(t) for t in wanted]
+        if not pairs:
+            raise ValueError(
+                "order='second': lower_loss is linear in the lower parameters, which leaves nothing to minimise, or has no second "
+                "derivative; then use order='first'"
+            )
         outputs, vectors = zip(*pairs, strict=True)
         try:
             found = torch.autograd.grad(outputs, wanted, vectors, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
-            if "not implemented" not in str(error):
+            text = " ".join(str(error).split())
+            if "not implemented" not in text and "twice" not in text:
                 raise
             raise ValueError(
-                f"order='second': lower_loss uses an operation without second derivative, use order='first' ({error})"
+                f"order='second': lower_loss uses an operation without second derivative, use order='first' ({text})"
             ) from error
         return filled(found, wanted)
 
@@ -154,6 +165,20 @@ class FirstOrder:
         with torch.no_grad():
             for y, before in zip(self.losses.lower, kept, strict=True):
                 y.copy_(before)
+
+
+def _once_only(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether the graph of these gradients ends in a node that stands for a derivative which nobody wrote."""
+    waiting = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if type(node).__name__ == "Error":  # torch's DelayedError, the work of once_differentiable
+            return True
+        new = {other for other, _ in node.next_functions if other is not None} - seen
+        seen |= new
+        waiting += new
+    return False
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

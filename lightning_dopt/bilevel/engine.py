@@ -146,7 +146,7 @@ class BilevelEngine(Engine):
 
     def _curvature(self, losses: Losses) -> Curvature:
         if self.plan.order == "second":
-            return SecondOrder(losses)
+            return SecondOrder(losses, trusted=self.step > 0)
         return FirstOrder(losses, self.plan.delta, self.plan.difference)
 
     def _move(self, level: str, direction: Tensors, step: Callable[[], object]) -> Talk[None]:

@@ -83,6 +83,11 @@ class BilevelPlan(Plan):
         """Steps of a level per step of ``x``."""
         return {"lower": self.lower_steps, "auxiliary": self.auxiliary_steps, "upper": 1}[level]
 
+    @property
+    def overlaps(self) -> bool:
+        """See :attr:`Plan.overlaps`."""
+        return any(plan.overlaps for plan in self.levels().values())
+
     def guarded(self, checksum: bool = True, on_nonfinite: OnNonfinite = "raise") -> BilevelPlan:
         """See :meth:`Plan.guarded`."""
         guarded = {level: plan.guarded(checksum, on_nonfinite) for level, plan in self.levels().items()}

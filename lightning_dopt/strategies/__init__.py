@@ -8,6 +8,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_dopt.sharded import ShardCodecs, qsdp, zeropp
 from lightning_dopt.strategies.async_gossip import AsyncGossipStrategy
+from lightning_dopt.strategies.bilevel import BilevelStrategy, DSOBAStrategy, SparkleStrategy
+from lightning_dopt.strategies.bilevel_module import BilevelModule
 from lightning_dopt.strategies.named import (
     NAMES,
     CompressedDDPStrategy,
@@ -23,19 +25,25 @@ __all__ = [
     "NAMES",
     "WITHOUT_PLAN",
     "AsyncGossipStrategy",
+    "BilevelModule",
+    "BilevelStrategy",
     "CompressedDDPStrategy",
+    "DSOBAStrategy",
     "DiLoCoStrategy",
     "GossipStrategy",
     "LoFiStrategy",
     "LocalSGDStrategy",
     "ReplicaStrategy",
     "ShardedStrategy",
+    "SparkleStrategy",
     "register",
 ]
 
 
 WITHOUT_PLAN = {
     "async_gossip": "pairs of ranks average in the background while each trains at its own pace",
+    "dsoba": "bilevel: gossip for lower, auxiliary and upper variables of a BilevelModule (D-SOBA)",
+    "sparkle": "bilevel: a correction of its own for each variable, exact diffusion by default (SPARKLE)",
     "sharded": "FSDP2 with counted messages; its arguments compress them",
     "qsdp": "FSDP2 with unbiased 8-bit weights and gradients",
     "zeropp": "FSDP2 with int8 weights and int4 gradients in blocks, ZeRO++'s qwZ and qgZ",
@@ -43,9 +51,12 @@ WITHOUT_PLAN = {
 """The names under which ``Trainer(strategy=...)`` knows strategies that follow no plan."""
 
 
+_WITHOUT = {"async_gossip": AsyncGossipStrategy, "dsoba": DSOBAStrategy, "sparkle": SparkleStrategy}
+
+
 def register() -> None:
     """Make the names known to ``Trainer(strategy=...)``: each as it is and, but for sharded ones, with ``_notebook``."""
-    for name, cls in (NAMES | {"async_gossip": AsyncGossipStrategy}).items():
+    for name, cls in (NAMES | _WITHOUT).items():
         text = (cls.__doc__ or "").splitlines()[0]
         if name not in StrategyRegistry:
             StrategyRegistry.register(name, cls, description=text)

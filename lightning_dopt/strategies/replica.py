@@ -18,6 +18,7 @@ from lightning_dopt.comm import Link, ProcessGroupWorld
 from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.comm.link import LinkClock
 from lightning_dopt.comm.links import REST, OnLostPeer, make_links
+from lightning_dopt.engine import Engine
 from lightning_dopt.lost_peers import check_links
 from lightning_dopt.pace import LocalSteps
 from lightning_dopt.plan import Plan, Sync
@@ -210,9 +211,7 @@ class ReplicaStrategy(Collectives):
                 start.share_start(module)
         inner = [_private.unwrap_optimizer(o) for o in self.optimizers]
         self._index = OptimizerIndex(module, inner, self.clock_index)
-        self.engine = start.make_engine(
-            self.plan, module, self._index, world, self.buffer_policy == "average", self.offload
-        )
+        self.engine = self._make_engine()
         self.consensus, self._meter = ConsensusModel(self.engine), Meter(world, self.link_step_seconds)
         if self.pace is not None:
             check_trainer(self.pace, module, trainer)
@@ -225,6 +224,13 @@ class ReplicaStrategy(Collectives):
         self._undo_quiet = StopSignal(trainer, self.engine.meets, self._ask_zero, self.plan.overlaps).undo
         if self.evaluate == "consensus":
             start.warn_of_averages(self.plan, self.world_size, trainer.callbacks)
+
+    def _make_engine(self) -> Engine:
+        """The engine of the module and its optimizers."""
+        assert self.lightning_module is not None
+        assert self.world is not None
+        average = self.buffer_policy == "average"
+        return start.make_engine(self.plan, self.lightning_module, self._index, self.world, average, self.offload)
 
     # ------------------------------------------------------------------ the step
 

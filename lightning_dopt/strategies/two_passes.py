@@ -43,14 +43,23 @@ def second_pass(engine: Engine, closure: Callable[[], Any], module: LightningMod
 @contextmanager
 def _unnoticed(module: LightningModule) -> Iterator[None]:
     kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    module.log = _nothing  # type: ignore[method-assign]
     try:
-        yield
+        with muted(module):
+            yield
     finally:
-        del module.log
         with torch.no_grad():
             for buffer, before in kept:
                 buffer.copy_(before)
+
+
+@contextmanager
+def muted(module: LightningModule) -> Iterator[None]:
+    """Within the block the module logs nothing."""
+    module.log = module.log_dict = _nothing  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.log, module.log_dict
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
