@@ -2,10 +2,12 @@
 
 from lightning_dopt.asynchronous.a2cid2 import Acid
 from lightning_dopt.asynchronous.async_gossip import AsyncGossip
+from lightning_dopt.asynchronous.async_local import AsyncLocal
 from lightning_dopt.asynchronous.clock import EventClock
 from lightning_dopt.asynchronous.dadao import Dadao, DadaoConstants
 from lightning_dopt.asynchronous.edges import Matchings, edges
 from lightning_dopt.asynchronous.hub import Hub, Push
+from lightning_dopt.asynchronous.hub_desk import Answer, HubDesk
 from lightning_dopt.asynchronous.hub_methods import delayed_nesterov, fedasync, fedbuff, fedfix
 from lightning_dopt.asynchronous.hub_rules import (
     Arrival,
@@ -38,6 +40,7 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: rules, simulations, real
     "Dadao",
     "DadaoConstants",
     "AsyncGossip",
+    "AsyncLocal",
     "PairExchange",
     "HubRule",
     "HubWhen",
@@ -57,6 +60,8 @@ __all__ = [  # noqa: RUF022  (grouped as they are read: rules, simulations, real
     "Hub",
     "Push",
     "Arrival",
+    "HubDesk",
+    "Answer",
     "HubSimulation",
     "EventClock",
     "VirtualNode",

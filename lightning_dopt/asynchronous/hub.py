@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +54,8 @@ class Hub:
 
     def __init__(self, rule: HubRule, start: Sequence[Tensor], n: int, local_steps: LocalSteps) -> None:
         self.rule, self.n, self.local_steps = rule, check_int("Hub", "n", n, 1), local_steps
-        rule.weights.check(n)
+        check_hub(rule, n, local_steps)
         _warn_of_momentum(rule, n)
-        if local_steps.speeds is not None and len(local_steps.speeds) != n:
-            raise ValueError(f"LocalSteps(speeds={local_steps.speeds!r}): must be {n} numbers, one per worker")
         self.reference = [t.detach().clone() for t in start]
         self.optimizer = rule.outer.build(self.reference)
         self.version = 0
@@ -72,6 +71,11 @@ class Hub:
         self._gathered: list[Push] = []
         self._taken = [0] * n
         self._speeds: dict[int, float] = dict(enumerate(local_steps.speeds or []))
+
+    @property
+    def gathered(self) -> list[Push]:
+        """Pushes that the next step takes."""
+        return list(self._gathered)
 
     def steps_of(self, worker: int) -> int:
         """How many optimizer steps the coming phase of ``worker`` has."""
@@ -137,7 +141,7 @@ class Hub:
             "rule": repr(self.rule),
             "local_steps": repr(self.local_steps),
             "reference": [t.clone() for t in self.reference],
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": deepcopy(self.optimizer.state_dict()),
             "version": self.version,
             "pushes": list(self.pushes),
             "steps": list(self.steps),
@@ -181,3 +185,14 @@ def _warn_of_momentum(rule: HubRule, n: int) -> None:
 
 def _add(sums: list[Tensor], changes: list[Tensor], weight: float) -> list[Tensor]:
     return [s.add_(g, alpha=weight) for s, g in zip(sums, changes, strict=True)]
+
+
+def check_hub(rule: HubRule, n: int, local_steps: LocalSteps) -> None:
+    """Check that a rule and local steps suit ``n`` workers.
+
+    Raises:
+        ValueError: shares or speeds for another number of workers.
+    """
+    rule.weights.check(n)
+    if local_steps.speeds is not None and len(local_steps.speeds) != n:
+        raise ValueError(f"LocalSteps(speeds={local_steps.speeds!r}): must be {n} numbers, one per worker")

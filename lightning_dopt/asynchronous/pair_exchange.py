@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_dopt._checks import check_int
 from lightning_dopt.asynchronous.edges import Matchings
 from lightning_dopt.comm.ledger import Ledger
+from lightning_dopt.comm.process_group import said
 from lightning_dopt.comm.world import SyncError
 
 _HEADER_TAG, _PAYLOAD_TAG = 1, 2
@@ -192,7 +193,7 @@ class PairExchange:
             try:
                 dist.recv(header, src=source, group=self.group, tag=_HEADER_TAG)
             except (RuntimeError, dist.DistError) as error:
-                self._fail(f"lost rank {source} ({_said(error)})", source)
+                self._fail(f"lost rank {source} ({said(error)})", source)
                 return
             self._heard(source, int(header[0]), int(header[1]))
 
@@ -229,7 +230,7 @@ class PairExchange:
                         self._changed.notify_all()
             self._tell_all(*((_BYE, 0) if decision == "end" else (_LOST, self._culprit)))
         except Exception as error:  # must reach the computing thread
-            self._fail(f"{type(error).__name__}: {_said(error)}", -1)
+            self._fail(f"{type(error).__name__}: {said(error)}", -1)
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -273,7 +274,7 @@ class PairExchange:
         try:
             dist.send(torch.tensor([kind, value]), dst=peer, group=self.group, tag=_HEADER_TAG)
         except (RuntimeError, dist.DistError) as error:
-            self._fail(f"lost rank {peer} ({_said(error)})", peer)
+            self._fail(f"lost rank {peer} ({said(error)})", peer)
 
     def _tell_all(self, kind: int, value: int) -> None:
         for j in self.neighbours:
@@ -291,13 +292,8 @@ class PairExchange:
                 assert work is not None
                 work.wait()
         except (RuntimeError, dist.DistError) as error:
-            self._fail(f"lost rank {peer} ({_said(error)})", peer)
+            self._fail(f"lost rank {peer} ({said(error)})", peer)
             return
         self.give(self._boxes)
         self.meetings += 1
         self.ledger.sent("pairs", sum(t.nbytes for t in sent))
-
-
-def _said(error: Exception) -> str:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return first.partition("] ")[2].partition(". This")[0] or first

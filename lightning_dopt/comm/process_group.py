@@ -110,12 +110,13 @@ class _Neighbours(Pending):
 
 def no_answer(rank: int, step: int, where: str, who: str, waited: float, error: Exception) -> str:
     """The line of a :class:`SyncError`: where this rank waited, for whom, and what the backend said."""
-    return f"rank {rank}, step {step}, {where}: no answer after {waited:.1f} s from {who} ({_said(error)})"
+    return f"rank {rank}, step {step}, {where}: no answer after {waited:.1f} s from {who} ({said(error)})"
 
 
-def _said(error: Exception) -> str:
-    said = (str(error).splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[\S*\] ", "", said).partition(". This is typically caused by")[0]
+def said(error: Exception) -> str:
+    """What torch said, in one line and without the place in its sources."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S*\] ", "", first).partition(". This is typically caused by")[0]
 
 
 class ProcessGroupWorld(World):
@@ -199,10 +200,10 @@ class ProcessGroupWorld(World):
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
-            late = re.search("timed out|timeout", _said(error), re.IGNORECASE)
+            late = re.search("timed out|timeout", said(error), re.IGNORECASE)
             if self.links is None or not self.links.goes_on or late:
                 raise self.gave_up(label, step, f"rank(s) {j}", time.perf_counter() - start, error) from error
-            self.links.lose(j, step, _said(error))
+            self.links.lose(j, step, said(error))
 
     def next_tag(self) -> int:
         """The tag of the next operation, the same on all ranks."""
