@@ -76,6 +76,7 @@ __version__ = "0.1.0.dev0"
 
 from lightning_dopt.strategies import (
     AsyncGossipStrategy,
+    AsyncLocalStrategy,
     BilevelModule,
     BilevelStrategy,
     CompressedDDPStrategy,
@@ -97,6 +98,7 @@ __all__ = [  # noqa: RUF022
     "Ascend",
     "AtEnd",
     "AsyncGossipStrategy",
+    "AsyncLocalStrategy",
     "Bernoulli",
     "BilevelModule",
     "BilevelStrategy",

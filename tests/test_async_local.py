@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from problems import p1
 from torch import Tensor
 
 import lightning_dopt as dopt
@@ -65,7 +64,6 @@ def train(
 def test_waiting_for_all_is_diloco(ranks: Ranks) -> None:
     """To rounding: the hub adds up in another order than an all-reduce."""
     out = ranks(train, 3, HubRule(Count(3, wait=True), outer=Nesterov(0.7, 0.9)), [20, 20, 20])
-    x, _ = start()
     simulation = Simulation(
         dopt.plans.diloco(5, 0.7, 0.9),
         n=3,
@@ -231,8 +229,8 @@ def comes_late(world: ProcessGroupWorld) -> str:
     local = AsyncLocal(x, HubRule(Count(2, wait=True)), 2, timeout=timedelta(seconds=1))
     local.start()
     time.sleep(2.5 * (world.rank == 1))
+    local.local_step()
     with pytest.raises(SyncError) as caught:
-        local.local_step()
         local.local_step()
     return str(caught.value)
 
@@ -240,7 +238,7 @@ def comes_late(world: ProcessGroupWorld) -> str:
 def test_a_worker_that_does_not_come_in_time(ranks: Ranks) -> None:
     told = ranks(comes_late, 2)
     assert told[0] == "rank 0: not all ranks came to the hub within 1 s"
-    assert told[1] in ("rank 1: the hub has given up", told[1])
+    assert told[1] == "rank 1: the hub has given up"
 
 
 def bad_options(world: ProcessGroupWorld) -> list[str]:
@@ -252,7 +250,7 @@ def bad_options(world: ProcessGroupWorld) -> list[str]:
         {"total_steps": -1},
         {"local_steps": LocalSteps(4, True, [1.0, 2.0, 3.0])},
     ):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=r"AsyncLocal|LocalSteps") as caught:
             AsyncLocal(x, **{"rule": delayed_nesterov(2), "local_steps": 4, **options})  # type: ignore[arg-type]
         found.append(str(caught.value))
     return found

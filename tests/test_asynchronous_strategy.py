@@ -30,7 +30,7 @@ class Own(Callback):
         assert isinstance(strategy, AsyncGossipStrategy)
         final = strategy._checkpoints._final
         assert final is not None
-        self.state = final["gossip"]
+        self.state = final["exchange"]
         self.mean = flat(pl_module)
 
 

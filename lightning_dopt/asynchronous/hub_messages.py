@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_dopt.asynchronous.hub_rules import HubRule
 from lightning_dopt.compress import Budget, Identity, Phases
-from lightning_dopt.compress.base import Codec
-from lightning_dopt.compress.memory import ErrorFeedback, as_compressor
+from lightning_dopt.compress.base import Codec, Compressor
+from lightning_dopt.compress.memory import ErrorFeedback, Memory, as_compressor
 from lightning_dopt.compress.packing import Packing
 from lightning_dopt.slots import Lane
 
@@ -31,15 +31,7 @@ class Pack:
     def __init__(self, lanes: Sequence[Lane], codec: Codec | None, rule: HubRule) -> None:
         self.lanes, self.rule = list(lanes), rule
         self.codec = codec
-        compressor, self.memory = as_compressor(codec if codec is not None else Identity())
-        if isinstance(compressor, Budget | Phases):
-            raise ValueError(f"AsyncLocal(codec={codec!r}): changes with common rounds, which there are none of")
-        if self.memory is not None and not isinstance(self.memory, ErrorFeedback):
-            raise ValueError(f"AsyncLocal(codec={codec!r}): must be a compressor, or ErrorFeedback(...) around one")
-        if rule.signal == "value" and not isinstance(compressor, Identity):
-            raise ValueError(
-                f"AsyncLocal(codec={codec!r}): packs changes, and {rule!r} sends whole models; use codec=None"
-            )
+        compressor, self.memory = check_codec("AsyncLocal", codec, rule)
         scale = self.memory.scale if self.memory is not None else None
         shapes = [[field.shape for field in lane.fields] for lane in self.lanes]
         self.packings = [Packing(compressor.parts(s), s, scale) for s in shapes]
@@ -109,3 +101,19 @@ class Pack:
         for own, saved in zip(self._state, state["lanes"], strict=True):
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
+
+
+def check_codec(owner: str, codec: Codec | None, rule: HubRule) -> tuple[Compressor, Memory | None]:
+    """The compressor and the memory of a codec that a hub can use.
+
+    Raises:
+        ValueError: a memory that the receiver takes part in, a compressor that changes, or one for whole models.
+    """
+    compressor, memory = as_compressor(codec if codec is not None else Identity())
+    if isinstance(compressor, Budget | Phases):
+        raise ValueError(f"{owner}(codec={codec!r}): changes with common rounds, and there are none with a hub")
+    if memory is not None and not isinstance(memory, ErrorFeedback):
+        raise ValueError(f"{owner}(codec={codec!r}): must be a compressor, or ErrorFeedback(...) around one")
+    if rule.signal == "value" and not isinstance(compressor, Identity):
+        raise ValueError(f"{owner}(codec={codec!r}): packs changes, and {rule!r} sends whole models; use codec=None")
+    return compressor, memory

@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_dopt.sharded import ShardCodecs, qsdp, zeropp
 from lightning_dopt.strategies.async_gossip import AsyncGossipStrategy
+from lightning_dopt.strategies.async_local import AsyncLocalStrategy
 from lightning_dopt.strategies.bilevel import BilevelStrategy, DSOBAStrategy, SparkleStrategy
 from lightning_dopt.strategies.bilevel_module import BilevelModule
 from lightning_dopt.strategies.named import (
@@ -25,6 +26,7 @@ __all__ = [
     "NAMES",
     "WITHOUT_PLAN",
     "AsyncGossipStrategy",
+    "AsyncLocalStrategy",
     "BilevelModule",
     "BilevelStrategy",
     "CompressedDDPStrategy",
@@ -44,6 +46,7 @@ WITHOUT_PLAN = {
     "async_gossip": "pairs of ranks average in the background while each trains at its own pace",
     "dsoba": "bilevel: gossip for lower, auxiliary and upper variables of a BilevelModule (D-SOBA)",
     "sparkle": "bilevel: a correction of its own for each variable, exact diffusion by default (SPARKLE)",
+    "async_local": "local steps at every rank's own speed, pushed to a hub that answers at once",
     "sharded": "FSDP2 with counted messages; its arguments compress them",
     "qsdp": "FSDP2 with unbiased 8-bit weights and gradients",
     "zeropp": "FSDP2 with int8 weights and int4 gradients in blocks, ZeRO++'s qwZ and qgZ",
@@ -51,7 +54,12 @@ WITHOUT_PLAN = {
 """The names under which ``Trainer(strategy=...)`` knows strategies that follow no plan."""
 
 
-_WITHOUT = {"async_gossip": AsyncGossipStrategy, "dsoba": DSOBAStrategy, "sparkle": SparkleStrategy}
+_WITHOUT = {
+    "async_gossip": AsyncGossipStrategy,
+    "async_local": AsyncLocalStrategy,
+    "dsoba": DSOBAStrategy,
+    "sparkle": SparkleStrategy,
+}
 
 
 def register() -> None:
