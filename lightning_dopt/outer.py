@@ -44,9 +44,9 @@ class SGD(Outer):
         owner = type(self).__name__
         self.lr = check_float(owner, "lr", lr, 0.0, open_low=True)
         self.momentum = check_float(owner, "momentum", momentum, 0.0, 1.0, open_high=True)
+        self.nesterov = check_flag(owner, "nesterov", nesterov)
         if nesterov and momentum == 0.0:
             raise ValueError("SGD(nesterov=True): needs a momentum in (0, 1), got momentum=0")
-        self.nesterov = nesterov
 
     def build(self, anchors: list[Tensor]) -> Optimizer:
         """See :meth:`Outer.build`."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from lightning_dopt import Every, Plan, Simulation, Sync, plans
 from lightning_dopt.comm import lockstep
-from lightning_dopt.compress import Averaged, GaussianNoise, RandK
+from lightning_dopt.compress import Averaged, GaussianNoise, RandK, TopK
 from lightning_dopt.local import GradientTracking, Scaffold
 from lightning_dopt.outer import SGD
 from lightning_dopt.plan import Plan as PlanType
@@ -131,6 +134,41 @@ def test_bad_options_are_refused_in_one_line(make: Callable[[], object], pattern
     with pytest.raises(ValueError, match=pattern) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+NEEDED: dict[str, object] = {"paths": [[0], [1], [0], [0]], "modules": ["*"], "maximise": "y"}
+
+
+def bad_values() -> list[tuple[str, str, object]]:
+    """Every option of every plan that is a number or a choice, with a value that none allows."""
+    found: list[tuple[str, str, object]] = []
+    for name in plans.__all__:
+        for option in inspect.signature(getattr(plans, name)).parameters.values():
+            kind = str(option.annotation).replace(" | None", "")
+            wrong: list[object] = {"int": [-7], "float": [-7.25, math.nan], "bool": ["perhaps"]}.get(kind, [])  # type: ignore[assignment]
+            found += [(name, option.name, value) for value in wrong if option.name != "seed"]
+    return found
+
+
+@pytest.mark.parametrize(("name", "option", "value"), bad_values(), ids=lambda v: str(v))
+@pytest.mark.filterwarnings("ignore")
+def test_plans_refuse_under_their_own_names(name: str, option: str, value: object) -> None:
+    make = getattr(plans, name)
+    needed = {k: v for k, v in NEEDED.items() if k in inspect.signature(make).parameters}
+    with pytest.raises(ValueError, match=rf"^{name}\([^\n]*\b{option}={re.escape(repr(value))}[,)][^\n]*: [^\n]*$"):
+        make(**{**needed, option: value})
+
+
+def test_options_go_by_name_and_by_value() -> None:
+    with pytest.raises(ValueError, match=r"^dgc\(ratio=2\): must be a number in \(0, 1\]$") as caught:
+        plans.dgc(ratio=2)
+    assert str(caught.value.__cause__) == "TopK(ratio=2): must be a number in (0, 1]"
+    with pytest.raises(ValueError, match=r"^dgc\(warmup=\(0\.5, 2\.0\)\): must be a number in \(0, 1\]$"):
+        plans.dgc(warmup=(0.5, 2.0))
+    with pytest.raises(ValueError, match=r"^diloco\(outer_lr=0\.0\): must be a number in \(0, inf\)$"):
+        plans.diloco(outer_lr=0.0)  # the argument of the part is lr
+    with pytest.raises(ValueError, match=r"^TopK\(ratio=2\): "):
+        plans.ef21(TopK(2))  # no option of the plan
 
 
 def test_single_merging_keeps_the_mean_and_ends_in_it() -> None:

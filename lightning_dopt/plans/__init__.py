@@ -1,5 +1,6 @@
 """Published methods, each a small function that returns a :class:`~lightning_dopt.Plan`."""
 
+from lightning_dopt.plans._own_names import own_names
 from lightning_dopt.plans.adloco import adloco
 from lightning_dopt.plans.beer import beer
 from lightning_dopt.plans.cellm import cellm
@@ -112,3 +113,5 @@ __all__ = [  # noqa: RUF022  (by family)
     "local_gda",
     "fed_admm",
 ]
+
+globals().update({name: own_names(globals()[name]) for name in __all__})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lightning_dopt._checks import check_choice
+from lightning_dopt._checks import check_choice, check_flag
 from lightning_dopt.compress import Compressor, CountSketch, ErrorFeedback, FedZip, RandK, TopK
 from lightning_dopt.local import ClipLocal, ControlVariate, Correction, NoisyGradients, Scaffold
 from lightning_dopt.outer import SGD
@@ -29,6 +29,7 @@ def fedzip(sync_every: int = 8, ratio: float = 0.01, clusters: int = 3, feedback
 
     Source: Malekijoo et al., "FEDZIP", arXiv 2102.01593; with a memory, and a code of fixed length for the positions.
     """
+    check_flag("fedzip", "feedback", feedback)
     wire = FedZip(ratio, clusters)
     return Plan([Sync(when=Every(sync_every), signal="delta", codec=ErrorFeedback(wire) if feedback else wire)])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_dopt._checks import check_float, check_int
+from lightning_dopt._checks import check_flag, check_float, check_int
 from lightning_dopt.adaptive import FedAdagrad, FedAdam, FedYogi
 from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Codec, Compressor
@@ -85,6 +85,7 @@ def averaging(
         ValueError: ``sync_every`` below 1, naming the plan ``owner``.
     """
     check_int(owner, "sync_every", sync_every, 1)
+    check_flag(owner, "restart", restart)
     sync = Sync(Every(sync_every), Parameters(match), "delta", codec or Identity(), peers, outer=outer)
     return Plan([sync], [*corrections, *([Restart()] if restart else [])])
 

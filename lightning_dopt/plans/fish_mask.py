@@ -33,6 +33,7 @@ def fish_mask(
     Source: Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", arXiv 2111.09839.
     """
     check_int("fish_mask", "batches", batches, 1)
+    check_int("fish_mask", "sync_every", sync_every, 1)
     check_int("fish_mask", "refresh", refresh, 0)
     first = Until(batches, Every(batches))
     when = Either(first, After(batches, Every(refresh * sync_every))) if refresh else first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_dopt._checks import check_float
+from lightning_dopt._checks import check_flag, check_float
 from lightning_dopt.local import GradientTracking, MixedMomentum, QuasiGlobalMomentum
 from lightning_dopt.outer import HeavyBall
 from lightning_dopt.plan import Plan, Sync
@@ -25,7 +25,8 @@ def dmsgd(topology: Topology | None = None, mix_momentum: bool = False, momentum
 
     Source: Yu, Jin, Yang, "On the Linear Speedup Analysis of Communication Efficient Momentum SGD", arXiv 1905.03817.
     """
-    if not mix_momentum:
+    check_float("dmsgd", "momentum", momentum, 0.0, 1.0, open_high=True)
+    if not check_flag("dmsgd", "mix_momentum", mix_momentum):
         return gossip(topology)
     plan = gossip(topology, correction=GradientTracking())
     return Plan(plan.syncs, [MixedMomentum(momentum)])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_dopt._checks import check_float
+from lightning_dopt._checks import check_flag, check_float
 from lightning_dopt.compress.base import Compressor
 from lightning_dopt.compress.compose import Compose
 from lightning_dopt.compress.dense import Identity
@@ -49,8 +49,8 @@ class DGC(Memory):
     def __init__(self, codec: Compressor, momentum: float = 0.9, nesterov: bool = False, masking: bool = True) -> None:
         super().__init__(codec)
         self.momentum = check_float("DGC", "momentum", momentum, 0.0, 1.0, open_high=True)
-        self.nesterov = nesterov
-        self.masking = masking
+        self.nesterov = check_flag(type(self).__name__, "nesterov", nesterov)
+        self.masking = check_flag(type(self).__name__, "masking", masking)
 
     def load(self, signal: Tensor, state: dict[str, Tensor]) -> Tensor:
         """``u`` and ``v`` take the gradient; ``v`` is returned in place."""
