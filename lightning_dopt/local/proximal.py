@@ -143,7 +143,7 @@ class ConsensusADMM(Correction):
 
     Local steps minimise ``f_i(x) + <z_i, x - w> + rho / 2 |x - w|^2``; a rank sends ``x + z_i / rho``, ``w`` is the mean of
     all, and ``z_i <- z_i + rho (x - w)`` with the new ``w``. From the first round on the ``z_i`` sum to zero. Noise on the
-    messages enters ``z_i`` and adds up like a random walk.
+    messages that all ranks decode alike, as they do here, does not add up: a round's ``z_i`` sum to its noise alone.
 
     Args:
         rho: Penalty, above 0; large for many local steps.
