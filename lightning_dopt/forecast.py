@@ -469,6 +469,13 @@ class _SizedEngine(Engine):
         """All gradients are taken to be finite."""
         return False
 
+    def _digest(self) -> Tensor:
+        """All parameters are taken to be equal."""
+        return torch.empty(4, device=_META)
+
+    def _check_equal(self, table: Tensor, step: int) -> None:
+        """See :meth:`_digest`."""
+
     def _measure(self, step: int) -> Talk[None]:
         """Nothing is known of distances: every schedule that measures is taken to find replicas apart."""
         for runner in self.runners:

@@ -115,6 +115,10 @@ class Plan(Part):
             ``DDPStrategy`` does. Looking costs a pass over the gradients and an all-reduce of one number per rank in every
             step; skipping also a second copy of the memories where buckets leave during backward. In a plan without gradient syncs
             every rank looks at its own, and raises or skips alone. With loss scaling all ranks skip, whatever this says.
+        compare_every: After every so many optimizer steps all ranks compare a digest of 64 bits of the parameters that the plan
+            trains; if they are not equal to the last bit all ranks raise the same ``RuntimeError``, which names the step and
+            the ranks. For plans that average gradients in every step and nothing else, whose replicas must be equal. It costs
+            reading the parameters once and an all-reduce of 16 bytes per rank; 0 never compares.
 
     Raises:
         ValueError: an argument out of range, or syncs that contradict each other.
@@ -127,6 +131,7 @@ class Plan(Part):
         seed: int = 0,
         checksum: bool = False,
         on_nonfinite: OnNonfinite = "auto",
+        compare_every: int = 0,
     ) -> None:
         self.syncs = [_typed("syncs", s, Sync, "Plan") for s in syncs]
         self.corrections = [_typed("corrections", c, Correction, "Plan") for c in corrections]
@@ -134,6 +139,13 @@ class Plan(Part):
         self.checksum = check_flag("Plan", "checksum", checksum)
         check_choice("Plan", "on_nonfinite", on_nonfinite, get_args(OnNonfinite))
         self.on_nonfinite: OnNonfinite = on_nonfinite
+        self.compare_every = check_int("Plan", "compare_every", compare_every, 0)
+        slots = {sync.what.slot for sync in self.syncs}
+        if compare_every and ("gradients" not in slots or slots & {"parameters", "tracker", "optimizer"}):
+            raise ValueError(
+                f"Plan(compare_every={compare_every}): replicas of this plan may differ; only those of plans that average "
+                "gradients in every step and nothing else are equal"
+            )
         for correction in self.corrections:
             correction.check(self)
         for sync in self.syncs:
@@ -146,9 +158,15 @@ class Plan(Part):
             if sync.what.slot in ("tracker", "reference") and not self._tracks(sync):
                 raise ValueError(f"Sync(what={sync.what.slot!r}): no correction of the plan sends a {sync.what.slot}")
 
-    def guarded(self, checksum: bool = True, on_nonfinite: OnNonfinite = "raise") -> Plan:
-        """The same method with other guards, for plans that a function has made: ``plans.beer(...).guarded()``."""
-        return Plan(self.syncs, self.corrections, self.seed, checksum, on_nonfinite)
+    def guarded(
+        self, checksum: bool = True, on_nonfinite: OnNonfinite = "raise", compare_every: int | None = None
+    ) -> Plan:
+        """The same method with other guards, for plans that a function has made: ``plans.beer(...).guarded()``.
+
+        ``compare_every`` stays as it is unless it is told.
+        """
+        compare = self.compare_every if compare_every is None else compare_every
+        return Plan(self.syncs, self.corrections, self.seed, checksum, on_nonfinite, compare)
 
     def nonfinite(self, n: int) -> Literal["raise", "skip", "ignore"]:
         """What ``on_nonfinite`` means with ``n`` workers."""

@@ -88,9 +88,11 @@ class BilevelPlan(Plan):
         """See :attr:`Plan.overlaps`."""
         return any(plan.overlaps for plan in self.levels().values())
 
-    def guarded(self, checksum: bool = True, on_nonfinite: OnNonfinite = "raise") -> BilevelPlan:
+    def guarded(
+        self, checksum: bool = True, on_nonfinite: OnNonfinite = "raise", compare_every: int | None = None
+    ) -> BilevelPlan:
         """See :meth:`Plan.guarded`."""
-        guarded = {level: plan.guarded(checksum, on_nonfinite) for level, plan in self.levels().items()}
+        guarded = {level: plan.guarded(checksum, on_nonfinite, compare_every) for level, plan in self.levels().items()}
         return BilevelPlan(**self.arguments() | guarded)
 
     def check(self, n: int) -> None:
