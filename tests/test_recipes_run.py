@@ -25,6 +25,7 @@ SMALL = {
         "--data.init_args.context=16",
         "--data.init_args.max_bytes=60000",
     ],
+    "bilevel": [],
     "vision": ["--model.init_args.model_args={depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"],
 }
 

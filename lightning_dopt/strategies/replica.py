@@ -332,7 +332,8 @@ class ReplicaStrategy(Collectives):
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's validation step; logs how far replicas are apart beside it."""
         distance = self.consensus.distance if self.consensus is not None and self.fitting else None
-        if distance is not None:
+        loader = kwargs.get("dataloader_idx", args[2] if len(args) > 2 else 0)
+        if distance is not None and loader == 0:  # one number, which cannot be logged again beside the next loader's
             assert self.lightning_module is not None
             self.lightning_module.log(
                 "consensus/distance",
