@@ -1,7 +1,7 @@
 """``python -m recipes.bilevel cleaning`` (or ``tuning``): D-SOBA and variants of SPARKLE on two graphs.
 
-Test accuracy and upper loss of the consensus model against what a worker has sent, with centralized SOBA and the classifier alone (no
-upper level) for comparison. Writes a table, numbers and a picture under ``runs/bilevel``.
+Test accuracy and upper loss of the consensus model against what a worker has sent, with centralized SOBA and the classifier
+alone (no upper level) for comparison. Writes a table, numbers and a picture under ``runs/bilevel``.
 """
 
 from __future__ import annotations
