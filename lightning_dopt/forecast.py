@@ -512,12 +512,24 @@ class _SizedEngine(Engine):
         channels = [lane.channel for runner in self._all_runners() for lane in runner.lanes]
         return {c.label: c.allocation.budget.every for c in channels if c.allocation is not None}
 
+    def _trackers(self) -> int:
+        """What corrections put messages into; some keep their state there."""
+        kept = {id(t) for correction in self._bound for t in correction.state().values()}
+        lanes = [
+            lane.lane
+            for runner in self._all_runners()
+            if runner.sync.what.slot in ("tracker", "reference")
+            for lane in runner.lanes
+        ]
+        return sum(_size(lane.live) for lane in lanes if id(lane.live) not in kept)
+
     def memory(self) -> dict[str, int]:
         """Bytes beyond model, gradients and inner optimizer."""
         used = {
             "gradient copy": self._copies,
             "corrections": sum(_size(c.state()) + sum(_size(t) for t in c.scratch()) for c in self._bound),
             "buffer message": _size(self.buffers.lane.live),
+            "tracker copy": self._trackers(),
         }
         for lane in (lane for runner in self._all_runners() for lane in runner.lanes):
             assert isinstance(lane, _SizedLane)

@@ -54,7 +54,11 @@ def held(simulation: Simulation) -> list[dict[str, int]]:
     for engine in simulation.engines:
         lanes = [lane for runner in engine._all_runners() for lane in runner.lanes]
         outer = [lane.optimizer for lane in lanes if lane.optimizer is not None]
+        states = {id(t) for c in engine.corrections for t in c.state().values()}
+        slots = [r for r in engine._all_runners() if r.sync.what.slot in ("tracker", "reference")]
+        messages = [lane.lane.live for r in slots for lane in r.lanes]
         kept = {
+            "tracker copy": sum(t.nbytes for t in messages if id(t) not in states),
             "anchors": sum(size(lane.anchor) for lane in lanes),
             "outer optimizer": sum(size(dict(state)) for opt in outer for state in opt.state.values()),
             "codec memory": sum(size(lane.channel.tensors()) for lane in lanes),
@@ -97,12 +101,12 @@ def test_what_is_told_is_what_a_run_holds(name: str) -> None:
 # ---------------------------------------------------------------------- as specified
 
 
-def copies(plan: Plan, *beside: str) -> float:
+def copies(plan: Plan) -> float:
     """Vectors like the parameters that live from one step to the next; what is in flight is left out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         memory = forecast(plan, 8, {f"x.{k}.weight": (1000, 100) for k in range(10)}, steps=1).memory
-    return sum(v for k, v in memory.items() if k not in ("in flight", "gradient copy", *beside)) / 4e6
+    return sum(v for k, v in memory.items() if k not in ("in flight", "gradient copy", "tracker copy")) / 4e6
 
 
 SPECIFIED: dict[str, tuple[Plan, float]] = {

@@ -42,6 +42,7 @@ MADE: dict[str, Callable[[], Plan]] = {
     "co2 aware of gaps": lambda: plans.co2(5, 0.5, 0.3, gap_aware=True),
     "apfl": lambda: plans.apfl("*"),
     "cellm": lambda: plans.cellm("*", 5, 0.6, 0.8, SGD(1.0)),
+    "fsgld": lambda: plans.fsgld(5, 8, temperature=1e-4),
     "dipaco": lambda: plans.dipaco([[0], [1], [0], [0]], ["*"], 4, 0.5, 0.5, rescale=True),
     "adloco": lambda: plans.adloco([[0], [1], [2, 3]], 4),
     "dilocox": lambda: plans.dilocox(5, keep=None),

@@ -10,6 +10,7 @@ from lightning_dopt.local.exact_diffusion import ExactDiffusion
 from lightning_dopt.local.extra import Extra
 from lightning_dopt.local.extragradient import Extragradient
 from lightning_dopt.local.gradient_tracking import GradientTracking
+from lightning_dopt.local.langevin import ConduciveGradient, Langevin
 from lightning_dopt.local.local_tracking import LocalTracking
 from lightning_dopt.local.loss_weights import LossWeights
 from lightning_dopt.local.masks import FisherMask, NeuronMask
@@ -30,6 +31,7 @@ __all__ = [
     "Ascend",
     "BoundCorrection",
     "ClipLocal",
+    "ConduciveGradient",
     "ConjugateGradient",
     "ConsensusADMM",
     "Context",
@@ -43,6 +45,7 @@ __all__ = [
     "Extragradient",
     "FisherMask",
     "GradientTracking",
+    "Langevin",
     "LocalTracking",
     "LossWeights",
     "MixedMomentum",

@@ -21,6 +21,7 @@ from lightning_dopt.plans.exact import d2, diging, exact_diffusion, extra, gradi
 from lightning_dopt.plans.federated import apfl, fedadagrad, fedadam, fedavg, fedprox, fedyogi
 from lightning_dopt.plans.few_levels import qsgd, sign_sgd, terngrad
 from lightning_dopt.plans.fish_mask import fish_mask
+from lightning_dopt.plans.fsgld import fsgld
 from lightning_dopt.plans.gossip import gossip
 from lightning_dopt.plans.l_greco import l_greco
 from lightning_dopt.plans.lo_fi import lo_fi
@@ -112,6 +113,7 @@ __all__ = [  # noqa: RUF022  (by family)
     "proxskip",
     "local_gda",
     "fed_admm",
+    "fsgld",
 ]
 
 globals().update({name: own_names(globals()[name]) for name in __all__})
