@@ -175,6 +175,11 @@ class Channel:
             legs = max((piece.codec.sums_per_message for piece in self.packing.pieces), default=1)
         return self.exchanges * legs
 
+    def resize(self) -> None:
+        """The world has another number of ranks; chunks belong to a fixed number, so messages are summed or gathered."""
+        way = self._chosen()
+        self.transport = "all_gather" if way == "two_phase" else way
+
     @property
     def sums(self) -> bool:
         """Whether messages are summed on the way (all-reduce) instead of being exchanged one by one."""
@@ -275,6 +280,8 @@ class Channel:
     def _plain_mean(self, message: Tensor) -> Talk[Tensor]:
         if self.world.size == 1:
             return message
+        if self.world.weights is not None and self.world.rank not in self.world.weights:
+            message.zero_()
         total = yield self.world.all_reduce(message, self.label)
         self._check_sum(total)
         return total.mul_(1.0 / len(self.world.present))
@@ -285,7 +292,7 @@ class Channel:
             value = value.clone()  # the codec looks at it again when a memory may have loaded the next message into it
             moved = None
         out = self.take(wire.buffers) if self.compressor.layerwise else None
-        rounds = self.packing.rounds(value, self.codec_state, seed, self.world.size, out, moved)
+        rounds = self.packing.rounds(value, self.codec_state, seed, len(self.world.present), out, moved)
         try:
             part = next(rounds)
             while True:
@@ -321,7 +328,7 @@ class Channel:
             self._check(got, dict.fromkeys(got, self.packing), world.step)
             if payload is not None:
                 got[world.rank] = payload
-        weights = peers.row(world.size, world.rank, round_)
+        weights = world.weights or peers.row(world.size, world.rank, round_)
         if self.linked:
             self.world.ledger.skip(self.label, len(weights.keys() - {world.rank}) - len(receive))
             weights = _absorbed(weights, got, world.rank)

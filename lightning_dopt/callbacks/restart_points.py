@@ -85,7 +85,8 @@ class RestartPoints(ModelCheckpoint):
         over = engine.sent_rounds - self._seen - self.every_n_rounds
         if over > 0 or (over == 0 and engine.at_rest):
             self._seen = engine.sent_rounds
-            self._save(trainer)
+            if _strategy(trainer).writes:
+                self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the last save."""

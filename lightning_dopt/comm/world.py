@@ -59,6 +59,8 @@ class World(ABC):
         """What this rank knows of links that may fail or rest; ``None`` if none may."""
         self.present = list(range(size))
         """The ranks that took part in the last sum over all: all of them, less those that were lost."""
+        self.weights: dict[int, float] | None = None
+        """How much each rank's message counts in a mean over all where some have nothing to say; ``None``: the peers' row."""
 
     @property
     def link(self) -> Link | None:

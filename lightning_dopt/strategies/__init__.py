@@ -11,6 +11,7 @@ from lightning_dopt.strategies.async_gossip import AsyncGossipStrategy
 from lightning_dopt.strategies.async_local import AsyncLocalStrategy
 from lightning_dopt.strategies.bilevel import BilevelStrategy, DSOBAStrategy, SparkleStrategy
 from lightning_dopt.strategies.bilevel_module import BilevelModule
+from lightning_dopt.strategies.elastic import ElasticStrategy
 from lightning_dopt.strategies.named import (
     NAMES,
     CompressedDDPStrategy,
@@ -32,6 +33,7 @@ __all__ = [
     "CompressedDDPStrategy",
     "DSOBAStrategy",
     "DiLoCoStrategy",
+    "ElasticStrategy",
     "GossipStrategy",
     "LoFiStrategy",
     "LocalSGDStrategy",

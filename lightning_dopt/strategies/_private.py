@@ -74,6 +74,11 @@ def dump_checkpoint(trainer: Any) -> dict[str, Any]:
     return checkpoint
 
 
+def resume_from(trainer: Any, checkpoint: dict[str, Any]) -> None:
+    """Let ``fit`` go on from a checkpoint in memory; Lightning takes paths only. Call it before the state is restored."""
+    trainer._checkpoint_connector._loaded_checkpoint = checkpoint
+
+
 def with_weights(checkpoint: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint like this one, but of a model with these weights.
 

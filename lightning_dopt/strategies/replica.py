@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -143,6 +144,10 @@ class ReplicaStrategy(Collectives):
         self._checkpoints = ReplicaCheckpoints(self)
         self._undo_quiet: Callable[[], None] = _nothing
 
+    consensus_class: type[ConsensusModel] = ConsensusModel
+    writes = True
+    """Whether this rank writes checkpoints (with the others, if there are any)."""
+
     # ------------------------------------------------------------------ start
 
     def set_world_ranks(self) -> None:
@@ -176,13 +181,7 @@ class ReplicaStrategy(Collectives):
         with failure.meeting(self, self.timeout):
             super().setup_environment()
             if self.world is None:
-                self.world = ProcessGroupWorld(
-                    timeout=self.timeout,
-                    backend=self._process_group_backend,
-                    on_lost_peer=self.on_lost_peer,
-                    patience=self.patience,
-                    rest=self.rest,
-                )
+                self.world = self._make_world()
         if self.goes_on:
             environment = self.cluster_environment
             starts = environment is not None and not environment.creates_processes_externally
@@ -191,6 +190,15 @@ class ReplicaStrategy(Collectives):
             self._watch = Watch(_private.default_store(), self.global_rank, self.world_size, goes_on=self.goes_on)
             self.world.diagnose = self._watch.diagnose
             self._watch.start()
+
+    def _make_world(self) -> ProcessGroupWorld:
+        return ProcessGroupWorld(
+            timeout=self.timeout,
+            backend=self._process_group_backend,
+            on_lost_peer=self.on_lost_peer,
+            patience=self.patience,
+            rest=self.rest,
+        )
 
     def configure_ddp(self) -> None:
         """Nothing is wrapped."""
@@ -207,12 +215,11 @@ class ReplicaStrategy(Collectives):
         world.clock = LinkClock(self.link) if self.link is not None else None
         start.refuse_metric_schedulers(self.plan, self.lr_scheduler_configs)
         if not self._checkpoints.restored:
-            with self._answers("broadcast of the start"):
-                start.share_start(module)
+            self._share_start(module)
         inner = [_private.unwrap_optimizer(o) for o in self.optimizers]
         self._index = OptimizerIndex(module, inner, self.clock_index)
         self.engine = self._make_engine()
-        self.consensus, self._meter = ConsensusModel(self.engine), Meter(world, self.link_step_seconds)
+        self.consensus, self._meter = self.consensus_class(self.engine), Meter(world, self.link_step_seconds)
         if self.pace is not None:
             check_trainer(self.pace, module, trainer)
             self.pacer = Pacer(self.pace, self.engine)
@@ -231,6 +238,10 @@ class ReplicaStrategy(Collectives):
         assert self.world is not None
         average = self.buffer_policy == "average"
         return start.make_engine(self.plan, self.lightning_module, self._index, self.world, average, self.offload)
+
+    def _share_start(self, module: LightningModule) -> None:
+        with self._answers("broadcast of the start"):
+            start.share_start(module)
 
     # ------------------------------------------------------------------ the step
 

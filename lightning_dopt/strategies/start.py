@@ -42,11 +42,17 @@ def share_start(module: nn.Module) -> None:
 
 
 def make_engine(
-    plan: Plan, module: LightningModule, index: OptimizerIndex, world: World, average_buffers: bool, offload: bool
+    plan: Plan,
+    module: LightningModule,
+    index: OptimizerIndex,
+    world: World,
+    average_buffers: bool,
+    offload: bool,
+    made: type[Engine] = Engine,
 ) -> Engine:
     """The engine of a module and its optimizers."""
     saved = module.state_dict(keep_vars=True)  # buffers that no checkpoint holds are constants, such as rotary tables
-    return Engine(
+    return made(
         plan,
         index.trainable,
         world,

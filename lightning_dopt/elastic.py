@@ -1,0 +1,234 @@
+"""Rounds that workers may miss, leave and join: which plans can, and an engine that decides before it applies."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, Literal
+
+import torch
+
+from lightning_dopt.apply import Blocking, Delay
+from lightning_dopt.combine import Mixing
+from lightning_dopt.comm.world import Talk
+from lightning_dopt.compress import Budget, Phases
+from lightning_dopt.compress.base import Compressor
+from lightning_dopt.compress.memory import ErrorFeedback, as_compressor
+from lightning_dopt.engine import Engine
+from lightning_dopt.plan import Plan, Sync
+from lightning_dopt.runners import LaneRunner, SyncRunner
+from lightning_dopt.schedules import Every
+from lightning_dopt.topology import Complete
+
+Missed = Literal["keep", "restore"]
+
+
+def check_elastic(plan: Plan, owner: str) -> None:
+    """Check that workers may miss rounds of a plan, leave it and join it.
+
+    That is so if all that workers share between rounds are anchors and outer optimizers, equal on all of them, so that a
+    member that comes can be given them, and if a message that does not come leaves nothing behind at others.
+
+    Args:
+        plan: The plan.
+        owner: Whose option the plan is, for errors.
+
+    Raises:
+        ValueError: it is not, in one line with what to use instead.
+    """
+    if not plan.syncs:
+        raise ValueError(f"{owner}(plan={plan!r}): has no sync, so there is no round to meet at; use plans.diloco(...)")
+    if plan.corrections:
+        raise ValueError(
+            f"{owner}(plan=...): {plan.corrections[0]!r} remembers what others sent or counts on their number; use a plan without "
+            "corrections, such as plans.diloco(...)"
+        )
+    for sync in plan:
+        _check_sync(sync, owner)
+    periods = {sync.when.n for sync in plan if isinstance(sync.when, Every)}
+    if len(periods) > 1:
+        raise ValueError(
+            f"{owner}(plan=...): syncs with periods {sorted(periods)} do not meet in rounds; use one period"
+        )
+    sends = sorted({sync.when.offset % sync.when.n for sync in plan if isinstance(sync.when, Every)})
+    gap = min(b - a for a, b in zip(sends, [*sends[1:], sends[0] + max(periods)], strict=True))
+    delays = {sync.apply.delay for sync in plan}
+    if len(delays) > 1:
+        raise ValueError(f"{owner}(plan=...): syncs with delays {sorted(delays)} do not land together; use one delay")
+    late = max(delays)
+    if late >= gap:
+        raise ValueError(
+            f"{owner}(plan=...): a message under way for {late} steps is not there when the next leaves, {gap} steps after it, "
+            "and members may change then; use a shorter delay (overlap), a longer period or fewer fragments"
+        )
+
+
+def _check_sync(sync: Sync, owner: str) -> None:
+    where = f"{owner}(plan=...): Sync"
+    if sync.what.slot != "parameters":
+        raise ValueError(
+            f"{where}(what={sync.what!r}): only parameters have an anchor to join at; use what='parameters'"
+        )
+    if not isinstance(sync.peers, Complete):
+        raise ValueError(
+            f"{where}(peers={sync.peers!r}): a graph has a place for each of a fixed number of ranks; use Complete(), or "
+            "GossipStrategy(on_lost_peer='continue')"
+        )
+    if sync.signal != "delta":
+        raise ValueError(f"{where}(signal={sync.signal!r}): there is no anchor to join at; use signal='delta'")
+    if not isinstance(sync.when, Every):
+        raise ValueError(
+            f"{where}(when={sync.when!r}): workers that join must know when the next round is; use Every(...)"
+        )
+    if not isinstance(sync.apply, (Blocking, Delay)):
+        raise ValueError(
+            f"{where}(apply={sync.apply!r}): a message is always on its way, and members may change before it arrives; use "
+            "Blocking() or Delay(...)"
+        )
+    if not isinstance(sync.combine, Mixing):
+        raise ValueError(f"{where}(combine={sync.combine!r}): counts on every rank; use Mixing()")
+    if not isinstance(sync.codec, (Compressor, ErrorFeedback)):
+        raise ValueError(
+            f"{where}(codec={sync.codec!r}): remembers what all others sent, of which a worker that joins knows nothing; use "
+            "ErrorFeedback(...) or no memory"
+        )
+    if isinstance(as_compressor(sync.codec)[0], (Budget, Phases)):
+        raise ValueError(f"{where}(codec={sync.codec!r}): changes as the run goes on; use a fixed codec")
+    if sync.transport == "two_phase":
+        raise ValueError(f"{where}(transport='two_phase'): chunks belong to a fixed number of ranks; use 'auto'")
+
+
+class ElasticEngine(Engine):
+    """An engine whose rounds are decided on before they are applied, so that a round that failed leaves no trace.
+
+    Training calls the methods of :class:`Engine`; :meth:`after_step` only counts. When a step has been counted and
+
+    * :attr:`sends`, the members of the round are agreed on, :meth:`resize`, then :meth:`send`;
+    * :attr:`lands`, :meth:`land`, then either :meth:`settle` or :meth:`abandon`.
+
+    Args are those of :class:`Engine`, with a plan that passes :func:`check_elastic`.
+    """
+
+    def after_step(self) -> Talk[None]:
+        """Count the step."""
+        self.step += 1
+        self.world.step = self.step
+        self._begun = False
+        return
+        yield
+
+    @property
+    def stamp(self) -> list[int]:
+        """What all members of a round must have in common: plan and step."""
+        return [zlib.crc32(repr(self.plan).encode()), self.step]
+
+    @property
+    def sends(self) -> bool:
+        """Whether a round begins at the step just counted."""
+        return any(runner.sync.when.due(self.step) for runner in self.runners)
+
+    @property
+    def lands(self) -> bool:
+        """Whether a message under way is to be applied at the step just counted."""
+        return any(lane.due(self.step) for runner in self.runners for lane in runner.lanes)
+
+    @property
+    def _on_the_way(self) -> list[SyncRunner]:
+        every = [*self.runners, *([self.buffer_runner] if self.buffer_runner is not None else [])]
+        return [runner for runner in every if any(lane.flights for lane in runner.lanes)]
+
+    def resize(self) -> None:
+        """The world has other members than before: choose anew how messages travel."""
+        for runner in self._all_runners():
+            for lane in runner.lanes:
+                lane.channel.resize()
+        self.means = self.plan.means(self.world.size)
+
+    def send(self) -> None:
+        """Begin the round of the step just counted.
+
+        Raises:
+            SyncError: a member is gone; :meth:`abandon` what has left.
+        """
+        self.flat.reclaim()
+        with torch.no_grad():
+            for runner in self.runners:
+                if runner.sync.when.due(self.step):
+                    for lane in runner.lanes:
+                        lane.channel.keep()
+                    runner.send(self.step)
+            if self.buffer_runner is not None and self.runners[0].sync.when.due(self.step):
+                self.buffers.pack()
+                self.buffer_runner.send(self.step)
+
+    def settle(self) -> Talk[None]:
+        """Apply what :meth:`land` has waited for."""
+        for runner in self._on_the_way:
+            yield from runner.apply(self.step)
+            if runner is self.buffer_runner:
+                self.buffers.unpack()
+
+    def abandon(self, missed: Missed) -> None:
+        """Give the round up: anchors, outer optimizers and memories are as before it.
+
+        Args:
+            missed: ``"keep"``: training goes on from the own weights, whose change the next round brings. ``"restore"``: from the
+                anchor.
+        """
+        for runner in self._on_the_way:
+            for lane in runner.lanes:
+                lane.channel.undo()
+                lane.flights.clear()
+        if missed == "restore":
+            for lane in self._anchored():
+                assert lane.anchor is not None
+                lane.lane.live.copy_(lane.anchor)
+
+    def adopt(self, state: dict[str, Any], missed: Missed) -> None:
+        """Take over what members share from one's :meth:`state_dict`: step, anchors, outer optimizers, shared codec state.
+
+        Args:
+            state: Its state.
+            missed: ``"keep"``: the own change since the own anchor goes on top of the new one. ``"restore"``: it is given up.
+
+        Raises:
+            ValueError: the state belongs to another plan.
+        """
+        if state["plan"] != repr(self.plan):
+            raise ValueError(f"the run to join follows another plan: {state['plan']}, this worker has {self.plan!r}")
+        self.step = self.world.step = int(state["step"])
+        for runner, saved in zip(self._all_runners(), state["runners"], strict=True):
+            runner.rounds = int(saved["rounds"])
+            for lane, theirs in zip(runner.lanes, saved["lanes"], strict=True):
+                self._adopt(lane, theirs, missed)
+
+    def _adopt(self, lane: LaneRunner, theirs: dict[str, Any], missed: Missed) -> None:
+        lane.flights.clear()
+        lane.last_step = int(theirs["last_step"])
+        lane.channel.load({k: v for k, v in theirs["channel"].items() if k.startswith("codec.")})
+        if lane.optimizer is not None:
+            lane.optimizer.load_state_dict(theirs["optimizer"])
+        if lane.anchor is None:
+            return
+        live, new = lane.lane.live, theirs["anchor"].to(lane.anchor.device)
+        if missed == "keep":
+            live.add_((new - lane.anchor).to(live.device, live.dtype))
+        else:
+            live.copy_(new)
+        lane.anchor.copy_(new)
+
+    def _anchored(self) -> list[LaneRunner]:
+        return [lane for runner in self.runners for lane in runner.lanes if lane.anchor is not None]
+
+    def anchors(self) -> list[torch.Tensor]:
+        """The model that all members share: like the means of :meth:`consensus`, and nothing is sent."""
+        own = [lane.live.clone() for lane in self.flat.lanes]
+        for lane in self._anchored():
+            assert lane.anchor is not None
+            lane.lane.live.copy_(lane.anchor)
+        means = [lane.live.to(lane.message_dtype, copy=True) for lane in self.flat.lanes]
+        for lane_, value in zip(self.flat.lanes, own, strict=True):
+            lane_.live.copy_(value)
+        if self.buffers.buffers:
+            self.buffers.pack()
+            means.append(self.buffers.lane.live.clone())
+        return means
