@@ -26,6 +26,7 @@ from lightning_dopt.forecast import square_layers
 from lightning_dopt.plan import Plan
 from lightning_dopt.strategies import NAMES, WITHOUT_PLAN
 from lightning_dopt.topology import NodeRule, Topology
+from lightning_dopt.workers import supervise
 
 HELP = """usage: dopt COMMAND ...
 
@@ -34,6 +35,7 @@ HELP = """usage: dopt COMMAND ...
   dopt describe METHOD [--OPTION VALUE ...]                  options, plan, bytes and memory
   dopt simulate METHOD -n N --mbit 20 --ms 25 [...]          bytes and time beside an all-reduce in every step
   dopt topology NAME -n N [--plot FILE.png|svg]              degree, spectral gap, rounds to the exact mean
+  dopt workers -n N -- COMMAND ...                           N workers of an elastic run, each started again when it dies
   dopt topology NAME -n N --lambda WEIGHTS                   weighted losses or weighted mixing on that graph?
 
 `dopt COMMAND --help` explains the options of a command."""
@@ -214,6 +216,50 @@ def _weights(graph: Topology, n: int, spec: str) -> list[float]:
     return numbers
 
 
+def workers_command(arguments: Sequence[str]) -> int:
+    """``dopt workers``; returns its exit status."""
+    words = list(arguments)
+    cut = words.index("--") if "--" in words else len(words)
+    parser = _OneLine(
+        prog="dopt workers",
+        description="Workers of an elastic run, each started again when it dies: dopt workers -n 4 -- python train.py",
+    )
+    parser.add_argument("-n", type=count, required=True, help="workers to start here")
+    parser.add_argument("--first", type=int, default=0, help="number of the first worker here")
+    parser.add_argument("--total", type=count, help="workers on all machines, if there are others")
+    parser.add_argument(
+        "--lighthouse", type=str, help="address of a lighthouse that runs elsewhere, instead of one here"
+    )
+    parser.add_argument("--bind", type=str, default="0.0.0.0:29510", help="where a lighthouse here listens")
+    parser.add_argument("--host", type=str, help="name under which others reach this machine")
+    parser.add_argument("--min-workers", type=count, default=1, help="members that a round needs")
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds that a round waits for a worker that is late")
+    parser.add_argument("--dead-after", type=float, default=5.0, help="seconds without a sign of life")
+    parser.add_argument("--max-restarts", type=int, default=100, help="how often each worker is started again")
+    given = parser.parse_args(words[:cut])
+    command = words[cut + 1 :]
+    if not command:
+        raise BadInputError("name what each worker runs, after --: dopt workers -n 4 -- python train.py")
+    total = given.total if given.total is not None else given.first + given.n
+    if given.first < 0 or given.first + given.n > total:
+        raise BadInputError(
+            f"--first={given.first} -n={given.n} --total={total}: workers are numbered from 0 to total - 1"
+        )
+    if given.max_restarts < 0 or not 0 < given.dead_after < math.inf or not 0 <= given.wait < math.inf:
+        raise BadInputError("--max-restarts and --wait must be at least 0, --dead-after more than 0")
+    if given.min_workers > total:
+        raise BadInputError(f"--min-workers={given.min_workers}: there are only {total} workers")
+    try:
+        return supervise(
+            command, given.n, given.first, total, given.lighthouse, given.bind, given.host, given.min_workers, given.wait,
+            given.dead_after, given.max_restarts,
+        )  # fmt: skip
+    except ImportError as error:
+        raise BadInputError(f"needs torchft, pip install 'lightning_dopt[elastic]' ({error})") from error
+    except (OSError, RuntimeError) as error:
+        raise BadInputError(_line(str(error))) from error
+
+
 def _name(command: str, arguments: Sequence[str], known: list[str]) -> tuple[str, list[str]]:
     """The name a command is about, and the other arguments."""
     if arguments and arguments[0] in ("-h", "--help"):
@@ -320,6 +366,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())  # class paths such as recipes.llm.ByteGPT
         train(arguments)
+    elif command == "workers":
+        raise SystemExit(workers_command(words[1:]))
     elif command in COMMANDS:
         sys.path.insert(0, os.getcwd())
         try:
@@ -328,7 +376,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
             raise BadInputError(_line(str(error))) from error
     else:
         what = "a command is needed" if command is None else f"unknown command {command!r}"
-        raise BadInputError(f"{what}: one of {', '.join((*LIGHTNING, *COMMANDS))}")
+        raise BadInputError(f"{what}: one of {', '.join((*LIGHTNING, *COMMANDS, 'workers'))}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -337,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run(arguments)
     except BadInputError as error:
-        command = f" {words[0]}" if words and words[0] in (*LIGHTNING, *COMMANDS) else ""
+        command = f" {words[0]}" if words and words[0] in (*LIGHTNING, *COMMANDS, "workers") else ""
         print(f"dopt{command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

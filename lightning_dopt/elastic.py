@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
 from lightning_dopt.apply import Blocking, Delay
 from lightning_dopt.combine import Mixing
-from lightning_dopt.comm.world import Talk
+from lightning_dopt.comm.elastic import ElasticWorld
+from lightning_dopt.comm.world import SyncError, Talk
 from lightning_dopt.compress import Budget, Phases
 from lightning_dopt.compress.base import Compressor
 from lightning_dopt.compress.memory import ErrorFeedback, as_compressor
@@ -232,3 +234,94 @@ class ElasticEngine(Engine):
             self.buffers.pack()
             means.append(self.buffers.lane.live.clone())
         return means
+
+
+class ElasticRounds:
+    """What one worker does between steps so that a round counts for all of its members or for none.
+
+    Args:
+        engine: This worker's engine.
+        world: Its world.
+        missed: What becomes of its own change when a round failed or it was late for one.
+        take: Gives the engine state that another member sent since it was last asked, or ``None``.
+        warn: Called with what went wrong, in one line.
+    """
+
+    def __init__(
+        self,
+        engine: ElasticEngine,
+        world: ElasticWorld,
+        missed: Missed,
+        take: Callable[[], dict[str, Any] | None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.engine, self.world, self.missed, self.take, self.warn = engine, world, missed, take, warn
+        self.lost = 0
+        """Rounds that were abandoned."""
+
+    def tick(self) -> None:
+        """After an optimizer step: end the round whose messages are due, begin one if it is time.
+
+        Raises:
+            SyncError: no quorum came about.
+            ValueError: members are at other steps, or follow other plans.
+        """
+        if self.engine.lands:
+            self.end()
+        if self.engine.sends:
+            ok, state = self.world.convene(), self.take()
+            if state is not None:
+                self.engine.adopt(state, self.missed)
+            self.begin(ok)
+
+    def join(self, state: dict[str, Any]) -> None:
+        """Take part in the round that the world has convened for, with nothing to say, from what a member has sent."""
+        self.engine.adopt(state, "restore")
+        self.begin(True, speaks=False)
+
+    def begin(self, connected: bool, speaks: bool = True) -> None:
+        """Send; end the round, too, if nothing is to be done meanwhile."""
+        engine, world = self.engine, self.world
+        try:
+            if not connected:
+                raise SyncError("the members could not connect to each other")
+            engine.resize()
+            rows = world.tell([*engine.stamp, int(speaks)])
+            if any(row[:-1] != rows[world.rank][:-1] for row in rows):
+                raise ValueError(
+                    f"step {engine.step}: the members of the round follow other plans, or are at other steps"
+                )
+            world.heed([rank for rank, row in enumerate(rows) if row[-1]] or range(world.size))
+            engine.send()
+        except SyncError as error:
+            self._abandon(str(error))
+            return
+        if engine.lands:
+            self.end()
+
+    def end(self) -> None:
+        """Wait for what is under way, and apply it if all members have it."""
+        if self.landed():
+            if self.world.agreed(True):
+                self.engine.run(self.engine.settle())
+            else:
+                self._give_up("another member could not end it")
+
+    def landed(self) -> bool:
+        """Wait for what is under way; if that fails, so has the round."""
+        try:
+            self.engine.run(self.engine.land())
+        except SyncError as error:
+            self._abandon(str(error))
+            return False
+        return True
+
+    def _abandon(self, why: str) -> None:
+        self.world.agreed(False)
+        self._give_up(why)
+
+    def _give_up(self, why: str) -> None:
+        self.engine.abandon(self.missed)
+        self.lost += 1
+        rest = "the own change is kept for the next" if self.missed == "keep" else "the own change is given up"
+        self.warn(f"step {self.engine.step}: the round is abandoned, {rest} ({why})")

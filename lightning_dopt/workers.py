@@ -124,12 +124,14 @@ class Lighthouse(AbstractContextManager["Lighthouse"]):
         min_workers: Members that a quorum needs.
         wait: Seconds that a round waits for a worker that is alive but has not come.
         dead_after: Seconds without a sign of life after which a worker counts as dead.
+        host: Name under which others reach this machine; ``None`` asks the system.
 
     Raises:
         ImportError: torchft is not installed.
     """
 
-    def __init__(self, bind: str, min_workers: int, wait: float, dead_after: float) -> None:
+    def __init__(self, bind: str, min_workers: int, wait: float, dead_after: float, host: str | None = None) -> None:
+        os.environ.setdefault("RUST_LOG", "error")  # read when torchft is imported; it tells much otherwise
         from torchft.coordination import LighthouseServer
 
         self._server: Any = LighthouseServer(
@@ -139,11 +141,13 @@ class Lighthouse(AbstractContextManager["Lighthouse"]):
             quorum_tick_ms=50,
             heartbeat_timeout_ms=int(dead_after * 1000),
         )
+        self.host = host
 
     @property
     def address(self) -> str:
         """Where workers reach it."""
-        return str(self._server.address())
+        address = str(self._server.address())
+        return address if self.host is None else f"http://{self.host}:{address.rpartition(':')[2]}"
 
     def __exit__(self, *_: object) -> None:
         """End it."""
@@ -163,9 +167,23 @@ def supervise(
     dead_after: float = 5.0,
     max_restarts: int = 100,
 ) -> int:
-    """Start workers ``first`` to ``first + n - 1`` of ``total``, with a lighthouse unless there is one, and see them through.
+    """Start workers ``first`` to ``first + n - 1`` of ``total``, and a lighthouse unless there is one, and see them through.
 
-    Returns 0 if the run came to its end.
+    Args:
+        command: What each worker runs.
+        n: Workers to start here.
+        first: Number of the first of them.
+        total: Workers on all machines; ``None`` means ``first + n``.
+        lighthouse: Address of a lighthouse that runs elsewhere; ``None`` starts one here.
+        bind: Address and port that the one started here listens at.
+        host: Name under which others reach this machine; ``None`` asks the system.
+        min_workers: Members that a round needs.
+        wait: Seconds that a round waits for a worker that is alive but late.
+        dead_after: Seconds without a sign of life after which a worker counts as dead.
+        max_restarts: How often each worker is started again.
+
+    Returns:
+        0 if the run came to its end, 130 if it was interrupted.
     """
 
     def ended(signum: int, frame: object) -> None:
@@ -173,7 +191,7 @@ def supervise(
 
     before = signal.signal(signal.SIGTERM, ended)
     try:
-        own = Lighthouse(bind, min_workers, wait, dead_after) if lighthouse is None else None
+        own = Lighthouse(bind, min_workers, wait, dead_after, host) if lighthouse is None else None
         with own if own is not None else nullcontext():
             address = own.address if own is not None else str(lighthouse)
             workers = Workers(command, range(first, first + n), total or first + n, address, host, max_restarts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -77,6 +78,7 @@ class TorchftMembers:
         load: Callable[[Any], None],
         host: str | None = None,
     ) -> None:
+        os.environ.setdefault("RUST_LOG", "error")  # read when torchft is imported; it tells much otherwise
         from torchft import Manager, ProcessGroupGloo
 
         self.lighthouse, self.timeout = lighthouse, timeout
@@ -135,6 +137,7 @@ class TorchftMembers:
         """See :class:`Members`."""
         if not ok:
             self._manager.report_error(RuntimeError("the round failed"))
+            self._group.abort()  # closes its connections: others that wait for this one must not do so until their time is up
         return bool(self._manager.should_commit())
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from lightning_dopt import plans
 from lightning_dopt._checks import check_choice, check_int
 from lightning_dopt.comm import ProcessGroupWorld, SyncError
 from lightning_dopt.comm.elastic import ElasticWorld, Members, TorchftMembers
-from lightning_dopt.elastic import ElasticEngine, Missed, check_elastic
+from lightning_dopt.elastic import ElasticEngine, ElasticRounds, Missed, check_elastic
 from lightning_dopt.plan import Plan
 from lightning_dopt.strategies import _private, replica_files
 from lightning_dopt.strategies.checkpoints import copied
@@ -148,12 +148,11 @@ class ElasticStrategy(ReplicaStrategy):
         if start_timeout <= timedelta(0):
             raise ValueError(f"{name}(start_timeout={start_timeout!r}): must be longer than zero")
         self.start_timeout = start_timeout
-        self.lost_rounds = 0
-        """Rounds of this worker that were abandoned."""
         self._received: dict[str, Any] | None = None
         self._restore: dict[str, Any] | None = None
         self._members: Members | None = None
-        self._rounds: _Rounds | None = None
+        self._made: ElasticRounds | None = None
+        self._between: BetweenBatches | None = None
 
     # ------------------------------------------------------------------ start
 
@@ -191,9 +190,10 @@ class ElasticStrategy(ReplicaStrategy):
         return self.world
 
     @property
-    def _engine(self) -> ElasticEngine:
-        assert isinstance(self.engine, ElasticEngine)
-        return self.engine
+    def rounds(self) -> ElasticRounds:
+        """The rounds of this worker, within ``fit``."""
+        assert self._made is not None
+        return self._made
 
     def make_members(self) -> Members:
         """Join those that train."""
@@ -218,11 +218,12 @@ class ElasticStrategy(ReplicaStrategy):
             super().setup(trainer)
             return
         self._restore = self._received = None
-        self.lost_rounds = 0
         self.engine = None
         super().setup(trainer)
-        self._rounds = _Rounds(self)
-        trainer.callbacks.insert(0, self._rounds)  # type: ignore[attr-defined]
+        assert isinstance(self.engine, ElasticEngine)
+        self._made = ElasticRounds(self.engine, self._elastic, self.on_missed_round, self._take, self._warn)
+        self._between = BetweenBatches(self)
+        trainer.callbacks.insert(0, self._between)
         if self._restore is not None:
             self._join(trainer, self._restore)
 
@@ -240,7 +241,9 @@ class ElasticStrategy(ReplicaStrategy):
                 return
             if received is not None:
                 module.load_state_dict(received["weights"])
-            if ok and self._all_here(time.monotonic() > deadline):
+            if not ok:
+                world.agreed(False)
+            elif self._all_here(time.monotonic() > deadline):
                 return
             time.sleep(NAP)
 
@@ -250,17 +253,16 @@ class ElasticStrategy(ReplicaStrategy):
         try:
             late = any(row[0] for row in world.tell([int(late)]))
         except SyncError:  # one is gone; those that are left meet again
-            return False
+            return world.agreed(False)
         return (world.size >= self.workers or late) and world.agreed(True)
 
     def _join(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Take part in the round that the others are in, with nothing to say; Lightning restores the rest afterwards."""
-        engine, module = self._engine, self.lightning_module
+        module = self.lightning_module
         assert module is not None
         own = checkpoint.pop(replica_files.KEY)
         module.load_state_dict(checkpoint["state_dict"])
-        engine.adopt(own["engine"], "restore")
-        self._round(fresh=True)
+        self.rounds.join(own["engine"])
         checkpoint = _private.with_weights(checkpoint, copied(module.state_dict()))
         if self.joiner_optimizer == "fresh":
             checkpoint["optimizer_states"] = [{**s, "state": {}} for s in checkpoint["optimizer_states"]]
@@ -277,8 +279,8 @@ class ElasticStrategy(ReplicaStrategy):
         """See :class:`ReplicaStrategy`."""
         super().on_train_start()
         self._restore = None
-        assert self._rounds is not None
-        self._rounds.begin(self._trainer)
+        assert self._between is not None
+        self._between.begin(self._trainer)
 
     # ------------------------------------------------------------------ what members give each other
 
@@ -293,96 +295,31 @@ class ElasticStrategy(ReplicaStrategy):
     def _receive(self, state: dict[str, Any]) -> None:
         self._received = state
 
-    # ------------------------------------------------------------------ rounds
+    def _take(self) -> dict[str, Any] | None:
+        state, self._received = self._received, None
+        return state["checkpoint"][replica_files.KEY]["engine"] if state is not None else None
 
-    def tick(self) -> None:
-        """After an optimizer step: end the round whose messages are due, begin one if it is time.
-
-        Raises:
-            SyncError: no quorum came about.
-        """
-        if self._engine.lands:
-            self._end()
-        if self._engine.sends:
-            self._round(fresh=False)
-
-    def _round(self, fresh: bool) -> None:
-        if self._begin(fresh) and self._engine.lands:
-            self._end()
-
-    def _begin(self, fresh: bool) -> bool:
-        engine, world, connected = self._engine, self._elastic, True
-        if not fresh:
-            connected = world.convene()
-            received, self._received = self._received, None
-            if received is not None:
-                engine.adopt(received["checkpoint"][replica_files.KEY]["engine"], self.on_missed_round)
-        try:
-            if not connected:
-                raise SyncError("the members could not connect to each other")
-            engine.resize()
-            rows = world.tell([*engine.stamp, int(not fresh)])
-            if any(row[:-1] != rows[world.rank][:-1] for row in rows):
-                raise ValueError(
-                    f"worker {self.worker}, step {engine.step}: workers follow other plans, or are at other steps"
-                )
-            speaking = [rank for rank, row in enumerate(rows) if row[-1]]
-            world.heed(speaking or range(world.size))
-            engine.send()
-        except SyncError as error:
-            self._abandon(error)
-            return False
-        return True
-
-    def _end(self) -> None:
-        engine, world = self._engine, self._elastic
-        try:
-            engine.run(engine.land())
-        except SyncError as error:
-            self._abandon(error)
-            return
-        if world.agreed(True):
-            engine.run(engine.settle())
-        else:
-            self._give_up("another worker could not end the round")
-
-    def _abandon(self, error: SyncError) -> None:
-        self._elastic.agreed(False)
-        self._give_up(str(error))
-
-    def _give_up(self, why: str) -> None:
-        self._engine.abandon(self.on_missed_round)
-        self.lost_rounds += 1
-        kept = "keeps its own change for the next" if self.on_missed_round == "keep" else "goes back to the anchor"
-        rank_zero_warn(
-            f"worker {self.worker}, step {self._engine.step}: the round is abandoned and this worker {kept} ({why})"
-        )
+    def _warn(self, line: str) -> None:
+        rank_zero_warn(f"worker {self.worker}, {line}")
 
     # ------------------------------------------------------------------ checkpoints and end
 
     def own_checkpoint(self) -> dict[str, Any]:
         """See :class:`ReplicaStrategy`."""
-        self._landed()
+        self.rounds.landed()
         return super().own_checkpoint()
-
-    def _landed(self) -> None:
-        """Wait for what is on its way; if that fails, so has the round."""
-        try:
-            self._engine.run(self._engine.land())
-        except SyncError as error:
-            self._abandon(error)
 
     def on_train_end(self) -> None:
         """End the round that is under way, and leave the anchors in the module."""
-        if self.engine is not None and not self.interrupted and not self._engine.at_rest:
-            self._end()
+        if self.engine is not None and not self.interrupted and not self.engine.at_rest:
+            self.rounds.end()
         super().on_train_end()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """See :class:`ReplicaStrategy`; one worker writes."""
         if self.writes:
             if self.fitting and not self.interrupted:
-                self._landed()
+                self.rounds.landed()
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -395,15 +332,15 @@ class ElasticStrategy(ReplicaStrategy):
         if self._members is not None:
             self._members.close()
             self._members = None
-        if self._rounds is not None:
+        if self._between is not None:
             callbacks = self._trainer.callbacks
-            if self._rounds in callbacks:
-                callbacks.remove(self._rounds)
-            self._rounds = None
+            if self._between in callbacks:
+                callbacks.remove(self._between)
+            self._between = None
         super().teardown()
 
 
-class _Rounds(Callback):
+class BetweenBatches(Callback):
     """Lets the strategy work where a batch has ended and its counters are settled, before all other callbacks."""
 
     def __init__(self, strategy: ElasticStrategy) -> None:
@@ -420,7 +357,8 @@ class _Rounds(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
         """A tick, if the batch ended with an optimizer step."""
-        engine, strategy = self.strategy._engine, self.strategy
+        strategy, rounds = self.strategy, self.strategy.rounds
+        engine = rounds.engine
         if engine.step == self.ticked:
             return
         if engine.step > self.ticked + 1:
@@ -428,13 +366,13 @@ class _Rounds(Callback):
                 f"{type(strategy).__name__}: needs at most one step of the clock optimizer per training_step, for rounds are "
                 "between batches"
             )
-        strategy.tick()
+        rounds.tick()
         self.ticked = engine.step
         if engine.step >= self.total and trainer.global_step < engine.step:  # it was late, and the others are done
             trainer.should_stop = True
-        members = float(strategy._elastic.size)
+        members = float(rounds.world.size)
         pl_module.log("comm/workers", members, on_step=True, on_epoch=False)
-        pl_module.log("comm/lost_rounds", float(strategy.lost_rounds), on_step=True, on_epoch=False)
+        pl_module.log("comm/lost_rounds", float(rounds.lost), on_step=True, on_epoch=False)
 
 
 class _Nobody:
