@@ -19,7 +19,7 @@ from lightning_dopt.compress.memory import Difference, Memory, as_compressor
 from lightning_dopt.compress.packing import Packing
 from lightning_dopt.plan import Sync
 from lightning_dopt.slots import Lane
-from lightning_dopt.transport import TwoPhase, Way, busiest, choose
+from lightning_dopt.transport import TwoPhase, Way, busiest, choose, sums
 
 _SURVEY = 1 << 20
 """Sets the seeds of measured errors apart from those of messages."""
@@ -177,8 +177,8 @@ class Channel:
 
     def resize(self) -> None:
         """The world has another number of ranks; chunks belong to a fixed number, so messages are summed or gathered."""
-        way = self._chosen()
-        self.transport = "all_gather" if way == "two_phase" else way
+        asked: Way = "all_reduce" if sums(self.sync.codec, self.sync.combine) else "all_gather"
+        self.transport, self.reason = (asked, "members change") if self.sync.transport == "auto" else self._chosen()
 
     @property
     def sums(self) -> bool:

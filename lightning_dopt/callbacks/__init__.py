@@ -1,6 +1,8 @@
 """Callbacks beside the strategies."""
 
+from lightning_dopt.callbacks.adaptive_batch import AdaptiveBatch
 from lightning_dopt.callbacks.low_rank import LowRank
 from lightning_dopt.callbacks.mergeability import Mergeability
+from lightning_dopt.callbacks.restart_points import RestartPoints
 
-__all__ = ["LowRank", "Mergeability"]
+__all__ = ["AdaptiveBatch", "LowRank", "Mergeability", "RestartPoints"]

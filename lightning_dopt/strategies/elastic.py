@@ -21,7 +21,7 @@ from lightning_dopt.comm import ProcessGroupWorld, SyncError
 from lightning_dopt.comm.elastic import ElasticWorld, Members, TorchftMembers
 from lightning_dopt.elastic import ElasticEngine, ElasticRounds, Missed, check_elastic
 from lightning_dopt.plan import Plan
-from lightning_dopt.strategies import _private, replica_files
+from lightning_dopt.strategies import _private, replica_files, start
 from lightning_dopt.strategies.checkpoints import copied
 from lightning_dopt.strategies.consensus import ConsensusModel
 from lightning_dopt.strategies.replica import ReplicaStrategy
@@ -90,7 +90,6 @@ class ElasticStrategy(ReplicaStrategy):
         ImportError: torchft is not installed, when training starts.
     """
 
-    engine_class = ElasticEngine
     consensus_class = AnchorModel
 
     def __init__(
@@ -194,6 +193,16 @@ class ElasticStrategy(ReplicaStrategy):
         """The rounds of this worker, within ``fit``."""
         assert self._made is not None
         return self._made
+
+    def _make_engine(self) -> ElasticEngine:
+        assert self.lightning_module is not None
+        assert self.world is not None
+        average = self.buffer_policy == "average"
+        made = start.make_engine(
+            self.plan, self.lightning_module, self._index, self.world, average, self.offload, ElasticEngine
+        )
+        assert isinstance(made, ElasticEngine)
+        return made
 
     def make_members(self) -> Members:
         """Join those that train."""
