@@ -1,6 +1,7 @@
 """Combine: how the messages of several ranks become one, and in how many exchanges."""
 
 from lightning_dopt.combine.base import Combine, Decode, Wire
+from lightning_dopt.combine.contribution import Contribution
 from lightning_dopt.combine.damped import Damped
 from lightning_dopt.combine.mixing import Median, Mixing
 from lightning_dopt.combine.push_sum import PushSum
@@ -12,6 +13,7 @@ from lightning_dopt.combine.vote import MajorityVote
 __all__ = [
     "Chebyshev",
     "Combine",
+    "Contribution",
     "Damped",
     "Decode",
     "MajorityVote",

@@ -18,6 +18,7 @@ from lightning_dopt.plans.directed import push_diging, sgp
 from lightning_dopt.plans.dprox_sgt import dprox_sgt
 from lightning_dopt.plans.eager_diloco import delayed_diloco, eager_diloco
 from lightning_dopt.plans.exact import d2, diging, exact_diffusion, extra, gradient_tracking, k_gt
+from lightning_dopt.plans.fedce import fedce
 from lightning_dopt.plans.federated import apfl, fedadagrad, fedadam, fedavg, fedprox, fedyogi
 from lightning_dopt.plans.few_levels import qsgd, sign_sgd, terngrad
 from lightning_dopt.plans.fish_mask import fish_mask
@@ -113,6 +114,7 @@ __all__ = [  # noqa: RUF022  (by family)
     "proxskip",
     "local_gda",
     "fed_admm",
+    "fedce",
     "fsgld",
 ]
 
