@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_dopt._checks import check_float, check_int
+from lightning_dopt._checks import check_flag, check_float, check_int
 from lightning_dopt.combine import Contribution
 from lightning_dopt.local import Restart
 from lightning_dopt.outer import Outer
@@ -29,5 +29,6 @@ def fedce(sync_every: int = 20, floor: float = 1e-3, outer: Outer | None = None,
     """
     check_int("fedce", "sync_every", sync_every, 1)
     check_float("fedce", "floor", floor, 0.0, 1.0, open_high=True)
+    check_flag("fedce", "restart", restart)
     sync = Sync(Every(sync_every), signal="delta", combine=Contribution(floor), outer=outer)
     return Plan([sync], [Restart()] if restart else [])
