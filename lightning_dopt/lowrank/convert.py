@@ -52,19 +52,20 @@ def convert(
     """
     chosen = named(method)
     stack = _stack(model, blocks)
-    members = list(stack)
-    names = _targets(members, targets, blocks)
+    members = {f"{blocks}.{child}" if blocks else child: block for child, block in stack._modules.items() if block}
+    first, *_ = members.values()
+    names = _targets(first, targets, next(iter(members)))
     skipped = int(chosen.first_dense)
     sites = [
-        Site(f"{blocks}.{k}.{name}", name, k, k - skipped, _linear(block, f"{blocks}.{k}", name))
-        for k, block in enumerate(members)
+        Site(f"{path}.{name}", name, k, k - skipped, _linear(block, path, name))
+        for k, (path, block) in enumerate(members.items())
         for name in names
     ]
     _check_sites(sites, len(names))
     low = [site for site in sites if site.place >= 0]
     ranks = _ranks(model, chosen, sites[: len(sites) - len(low)], low, len(members) - skipped, rank, budget, profile)
     chosen.install(model, sites, [0] * (len(sites) - len(low)) + ranks)
-    for k, block in enumerate(chosen.stack(members, names)):
+    for k, block in enumerate(chosen.stack(list(members.values()), names)):
         stack[k] = block
     return model
 
@@ -86,20 +87,20 @@ def _stack(model: nn.Module, blocks: str) -> nn.ModuleList | nn.Sequential:
     return stack
 
 
-def _targets(members: Sequence[nn.Module], targets: Sequence[str] | None, blocks: str) -> list[str]:
+def _targets(block: nn.Module, targets: Sequence[str] | None, path: str) -> list[str]:
     """The names of the layers to replace, in the order of the first block."""
     if isinstance(targets, str):
         raise ValueError(f"convert(targets={targets!r}): must be a list of names")
-    modules = {name: m for name, m in members[0].named_modules() if name}
+    modules = {name: m for name, m in block.named_modules() if name}
     if targets is None:
         names = [name for name, m in modules.items() if type(m) is nn.Linear]
         if not names:
-            raise ValueError(f"convert(blocks={blocks!r}): {blocks}.0 has no layer of type nn.Linear")
+            raise ValueError(f"convert: {path} has no layer of type nn.Linear")
         return names
     for pattern in targets:
         if not any(fnmatchcase(name, pattern) for name in modules):
             linears = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
-            raise ValueError(f"convert(targets={targets!r}): {blocks}.0 has no {pattern!r}; its layers are {linears}")
+            raise ValueError(f"convert(targets={targets!r}): {path} has no {pattern!r}; its layers are {linears}")
     return [name for name in modules if any(fnmatchcase(name, pattern) for pattern in targets)]
 
 

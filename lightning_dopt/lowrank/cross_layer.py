@@ -182,7 +182,7 @@ class CrossLinear(Factors):
     def step(self, product: Tensor, before: Tensor) -> Tensor:
         """``Y_l`` from ``A x`` and ``Y_(l-1)``: one thin product and one pass over the output."""
         low = functional.linear(product, self.b, self.bias)
-        return torch.addcmul(low, before.to(low.dtype), self.coefficient().to(low.dtype))
+        return low.addcmul_(before.to(low.dtype), self.coefficient().to(low.dtype))  # nobody else holds it
 
     def inverse(self, product: Tensor, y: Tensor) -> Tensor:
         """``Y_(l-1)`` from ``A x`` and ``Y_l``."""

@@ -69,6 +69,8 @@ def _checked(value: Any, rank: Any, site: Site, depth: int) -> int:
         if len(value) != depth:
             raise ValueError(f"convert(rank={rank!r}): needs one rank for each of the {depth} low-rank blocks")
         value = value[site.place]
+    elif isinstance(value, float) and value > 1 and value.is_integer():  # what a YAML file makes of {a: 64, b: 0.25}
+        value = int(value)
     elif isinstance(value, float):
         if not 0 < value <= 1:
             raise ValueError(f"convert(rank={rank!r}): a share of the smaller dimension must be in (0, 1]")
