@@ -57,7 +57,7 @@ def alone(*arguments: Any) -> Any:
 def test_trains_saves_resumes_and_loads(tmp_path: Path) -> None:
     def job(rank: int) -> None:
         lowrank = LowRank(rank=6, method=CRNet(recompute="inverse", segment=2), blocks="blocks")
-        saver = ModelCheckpoint(tmp_path, "{step}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
+        saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
         module = gpt(max_steps=6)
         trainer = fit(module, lowrank, saver, steps=6)
         assert trainer.callback_metrics["train/loss"] < 5.0
