@@ -28,7 +28,9 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -174,29 +176,33 @@ def peak(model: Llama, batch: Tensor) -> int:
     return memory.peak
 
 
-def compare(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """All rows of the table."""
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One row of the table."""
+    torch.set_num_threads(1)
+    method = {**METHODS, **MEASURED_ONLY}[name]
     data = TextFolder(path=args.text, pattern=args.pattern, context=args.context, max_bytes=args.max_bytes)
     data.setup("fit")
     assert data._train is not None
     assert data._val is not None
     text = (data._train.text, data._val.text)
-    rows: dict[str, dict[str, Any]] = {}
-    for name, method in {**METHODS, **MEASURED_ONLY}.items():
-        if args.only and name not in args.only:
-            continue
-        if name == "LoRA" and find_spec("peft") is None:
-            print("LoRA is left out: peft is not installed")
-            continue
-        row: dict[str, Any] = sizes(method, args, text)
-        trained = name in METHODS and args.seeds > 0
-        seeds, steps = (range(args.seeds), args.steps) if trained else (range(1), args.timed_steps)
-        runs = [train(method, args, seed, text, steps) for seed in seeds]
-        row["seconds"] = statistics.median(run["seconds"] for run in runs)
-        row["losses"] = [run["loss"] for run in runs] if trained else []
-        rows[name] = row
-        print(line(name, row), flush=True)
-    return rows
+    row: dict[str, Any] = sizes(method, args, text)
+    trained = name in METHODS and args.seeds > 0
+    seeds, steps = (range(args.seeds), args.steps) if trained else (range(1), args.timed_steps)
+    runs = [train(method, args, seed, text, steps) for seed in seeds]
+    row["seconds"] = statistics.median(run["seconds"] for run in runs)
+    row["losses"] = [run["loss"] for run in runs] if trained else []
+    print(line(name, row), flush=True)
+    return row
+
+
+def compare(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All rows of the table."""
+    names = [name for name in {**METHODS, **MEASURED_ONLY} if not args.only or name in args.only]
+    if "LoRA" in names and find_spec("peft") is None:
+        print("LoRA is left out: peft is not installed")
+        names.remove("LoRA")
+    with get_context("spawn").Pool(args.jobs) as pool:
+        return dict(zip(names, pool.map(partial(measure, args=args), names, chunksize=1), strict=True))
 
 
 HEAD = "| method | validation loss | parameters | trained | MFLOP per token | peak, MB | step, ms |\n|---|---|---|---|---|---|---|"
@@ -256,6 +262,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="0 trains nothing: memory and time alone")
     parser.add_argument("--timed-steps", type=int, default=20, help="steps of what is measured without training")
     parser.add_argument("--only", nargs="+", default=None, help="rows, by name")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, each on one thread")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
