@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from bilevel_problems import Quadratic
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import StrategyRegistry
@@ -26,13 +29,14 @@ from lightning_dopt import (
     ReplicaStrategy,
     Ring,
     SparkleStrategy,
+    SyncError,
     TopK,
     bilevel,
 )
 
 pytestmark = pytest.mark.trainer
 
-PROBLEM = Quadratic.drawn(2, h=1.0)
+PROBLEM = Quadratic.drawn(3, h=1.0)
 
 
 class Two(BilevelModule):
@@ -70,8 +74,8 @@ def loaders(size: float = 0.1) -> dict[str, DataLoader]:
     return {"lower": noise(24, 0, size), "upper": noise(12, 1, size)}
 
 
-def fitted(strategy: Any, module: BilevelModule, data: Any, **options: Any) -> Any:
-    made = trainer(strategy, **{"max_epochs": 2, **options})
+def fitted(strategy: Any, module: BilevelModule, data: Any, devices: int = 2, **options: Any) -> Any:
+    made = trainer(strategy, devices, **{"max_epochs": 2, **options})
     made.fit(module, data)
     return made
 
@@ -79,36 +83,52 @@ def fitted(strategy: Any, module: BilevelModule, data: Any, **options: Any) -> A
 # ---------------------------------------------------------------------- two ranks
 
 
+PLANS = (
+    bilevel.sparkle(Ring()),
+    bilevel.dsoba(order="first", delta=1e-4),
+    bilevel.sparkle(upper="gt", codec=TopK(0.5)),
+    bilevel.sparkle(upper="non_atc_gt", lower="extra", auxiliary=bilevel.Level("semi_gt", Exponential())),
+    bilevel.double_loop(Complete(), 2, 3),
+)
+
+
 def as_simulated(rank: int) -> list[tuple[Tensor, int, dict[str, float]]]:
     answers = []
-    for strategy in (
-        SparkleStrategy(),
-        DSOBAStrategy(order="first", delta=1e-4),
-        SparkleStrategy(upper="gt", codec=TopK(0.5)),
-    ):
+    for plan in PLANS:
         trace, module = Trace(), Two()
-        made = fitted(strategy, module, loaders(0.0), callbacks=[trace], max_epochs=1, max_steps=5)
+        made = fitted(BilevelStrategy(plan), module, loaders(0.0), 3, callbacks=[trace], max_epochs=1, max_steps=4)
         logged = {k: float(v) for k, v in made.logged_metrics.items()}
         answers.append((trace.stacked(), made.global_step, logged))
     return answers
 
 
-def test_trainer_equals_simulation() -> None:
-    plans = [bilevel.sparkle(), bilevel.dsoba(order="first", delta=1e-4), bilevel.sparkle(upper="gt", codec=TopK(0.5))]
-    answers = on_ranks(as_simulated)
-    for k, plan in enumerate(plans):
+def test_three_ranks_equal_the_simulation() -> None:
+    answers = on_ranks(as_simulated, 3)
+    for k, plan in enumerate(PLANS):
         run = PROBLEM.simulate(plan)
-        for step in range(5):
+        for step in range(4):
             run.run(1)
-            for rank in range(2):
+            for rank in range(3):
                 expected = torch.cat([run.stacked("upper", "x")[rank], run.stacked("lower", "y")[rank]])
                 assert torch.allclose(answers[rank][k][0][step], expected, atol=1e-10)
-        for rank in range(2):
+        for rank in range(3):
             _, steps, logged = answers[rank][k]
-            assert steps == 5  # one per batch, not one per optimizer
+            assert steps == 4  # one per batch, not one per optimizer
             assert logged["comm/bytes"] == run.bytes[rank]
             assert logged["comm/bytes/lower/parameters"] == run.worlds[rank].ledger.entries["lower/parameters"].bytes
             assert {"lower_loss", "upper_loss", "comm/bytes/auxiliary/parameters", "comm/stall_s"} <= set(logged)
+
+
+def overflow(rank: int) -> str:
+    with pytest.raises((FloatingPointError, SyncError)) as caught:
+        fitted(SparkleStrategy(timeout=timedelta(seconds=20)), Overflows(only=1), loaders())
+    return str(caught.value)
+
+
+def test_a_direction_that_is_not_finite_ends_the_run_on_all_ranks() -> None:
+    mine, theirs = on_ranks(overflow)
+    assert theirs.startswith("step 3: the auxiliary direction of rank 1 is not finite")
+    assert "rank 1" in mine
 
 
 def resumed(rank: int, folder: str) -> list[tuple[Tensor, Tensor, int, int]]:
@@ -204,8 +224,13 @@ class Swapped(Two):
 
 
 class Overflows(Two):
+    def __init__(self, only: int = 0) -> None:
+        super().__init__()
+        self.only = only
+
     def upper_loss(self, batch: Any) -> Tensor:
-        return super().upper_loss(batch) / (0.0 if self.global_step == 2 else 1.0)
+        bad = self.global_step == 2 and self.global_rank == self.only
+        return super().upper_loss(batch) / (0.0 if bad else 1.0)
 
 
 def refusals(rank: int) -> dict[str, str]:
@@ -263,6 +288,25 @@ def test_names_are_registered() -> None:
     assert {"dsoba", "sparkle", "dsoba_notebook", "sparkle_notebook"} <= set(known)
     assert isinstance(StrategyRegistry.get("sparkle"), SparkleStrategy)
     assert StrategyRegistry.get("dsoba").plan == bilevel.dsoba()
+
+
+YAML = """
+class_path: lightning_dopt.SparkleStrategy
+init_args:
+  topology: {class_path: lightning_dopt.Ring}
+  upper:
+    class_path: lightning_dopt.bilevel.Level
+    init_args: {correction: gt, topology: {class_path: lightning_dopt.Exponential}}
+  lower: extra
+"""
+
+
+def test_strategies_can_be_written_in_yaml() -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(BilevelStrategy, "strategy")
+    given = parser.parse_object({"strategy": yaml.safe_load(YAML)})
+    plan = parser.instantiate_classes(given).strategy.plan
+    assert plan == bilevel.sparkle(Ring(), bilevel.Level("gt", Exponential()), "extra")
 
 
 def test_faces_make_the_plans_of_the_functions() -> None:

@@ -80,8 +80,8 @@ class BilevelEngine(Engine):
             offload=offload,
             flat=flat,
         )
-        self.auxiliary = {name: torch.zeros_like(t, requires_grad=False) for name, t in lower.items()}
-        """``z`` by the names of ``y``."""
+        self.auxiliary = {name: torch.zeros_like(t, dtype=_at_least_float32(t)) for name, t in lower.items()}
+        """``z`` by the names of ``y``, in single precision at least."""
         self.levels = {
             "lower": Engine(
                 plan.lower, lower, world, buffers, lr, None, None, sync_buffers, offload, flat.part(lower), "lower"
@@ -233,6 +233,10 @@ class BilevelEngine(Engine):
             engine.load_state_dict(state["levels"][level])
         for name, z in self.auxiliary.items():
             z.copy_(state["auxiliary"][name])
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def check_levels(lower: Mapping[str, Tensor], upper: Mapping[str, Tensor]) -> None:
