@@ -122,6 +122,7 @@ class Quadratic:
         alpha: float = 0.05,
         beta: float = 0.1,
         theta: float = 0.3,
+        gamma: float | None = None,
     ) -> Tensor:
         """SPARKLE's matrix form with dual variables, ``s <- C (A s - a g) - B d``, ``d <- d + B s``; returns ``x``."""
         s = {k: torch.zeros(self.n, size, dtype=torch.float64) for k, size in (("y", Q), ("z", Q), ("x", P))}
@@ -135,7 +136,7 @@ class Quadratic:
 
         for _ in range(steps):
             move("y", self.directions(s["x"], s["y"], s["z"])[0], beta)
-            move("z", self.directions(s["x"], s["y"], s["z"])[1], beta)
+            move("z", self.directions(s["x"], s["y"], s["z"])[1], gamma or beta)
             r = (1 - theta) * r + theta * self.directions(s["x"], s["y"], s["z"])[2]
             move("x", r, alpha)
         return s["x"]

@@ -62,6 +62,12 @@ def test_dsoba_is_sparkle_without_corrections() -> None:
     assert (x - expected).abs().max() < 1e-12
 
 
+def test_the_auxiliary_variable_may_have_a_step_of_its_own() -> None:
+    problem = Quadratic.drawn(4, h=1.0)
+    x = problem.simulate(same("ed", auxiliary_lr=0.2)).run(25).stacked("upper", "x")
+    assert (x - problem.reference(dict.fromkeys("xyz", "ed"), LAZY.matrix(4), 25, gamma=0.2)).abs().max() < 1e-12
+
+
 def soba_by_hand(problem: Quadratic, steps: int, theta: float, jacobi: bool = False) -> Tensor:
     """One model on the mean directions of all workers."""
     one = Quadratic(*(t.mean(0, keepdim=True) for t in (problem.A, problem.B, problem.b)), problem.C, problem.c)
@@ -363,6 +369,11 @@ def test_bytes_are_those_of_the_formula() -> None:
         "upper/gradients": 80 * P,
         "upper/parameters": 80 * P,
     }
+
+
+def test_no_gradients_are_left_for_checkpoints() -> None:
+    run = Quadratic.drawn(2, h=1.0).simulate(sparkle(Ring(), "gt")).run(2)
+    assert all(p.grad is None for e in run.engines for level in e.levels.values() for p in level.parameters.values())
 
 
 @pytest.mark.parametrize("row", ["ed", "gt"])

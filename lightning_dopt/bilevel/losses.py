@@ -96,9 +96,7 @@ class Losses:
             yield
         finally:
             for buffer, before in zip(self.buffers, kept, strict=True):
-                buffer.data.copy_(
-                    before
-                )  # not noticed by graphs that batch norm has saved it in, and does not need it for
+                buffer.data.copy_(before)  # through data, since graphs of batch norm hold it without need for its value
 
 
 def filled(gradients: Sequence[Tensor | None], tensors: Sequence[Tensor], level: str = "") -> Tensors:
