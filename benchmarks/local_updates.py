@@ -56,7 +56,7 @@ class PowerSGDDDP(L.pytorch.strategies.DDPStrategy):
 def arms(args: argparse.Namespace) -> dict[str, Callable[[float], Any]]:
     """Strategies by name, given the outer learning rate."""
     every, tau, n = args.sync_every, args.overlap or args.sync_every - 1, args.workers
-    momentum = args.momentum
+    momentum, four = args.momentum, dopt.ErrorFeedback(E3M0())
 
     def plan(made: dopt.Plan) -> Any:
         return dopt.ReplicaStrategy(plan=made)
@@ -70,12 +70,12 @@ def arms(args: argparse.Namespace) -> dict[str, Callable[[float], Any]]:
         "DiLoCo int8": lambda lr: plan(plans.diloco(every, lr, momentum, codec=dopt.ErrorFeedback(dopt.Int8()))),
         "Streaming E3M0": lambda lr: plan(
             plans.streaming_diloco(
-                every, args.fragments, tau, args.alpha, lr, momentum, "balanced", dopt.ErrorFeedback(E3M0()),
+                every, args.fragments, tau, args.alpha, lr, momentum, "balanced", four,
                 transport="two_phase" if n > 2 else "auto",
             )
         ),
-        "Eager E3M0": lambda lr: plan(plans.eager_diloco(every, outer_lr=lr, outer_momentum=momentum, codec=dopt.ErrorFeedback(E3M0()))),
-        "Delayed E3M0": lambda lr: plan(plans.delayed_diloco(every, outer_lr=lr, outer_momentum=momentum, codec=dopt.ErrorFeedback(E3M0()))),
+        "Eager E3M0": lambda lr: plan(plans.eager_diloco(every, lr, momentum, codec=four)),
+        "Delayed E3M0": lambda lr: plan(plans.delayed_diloco(every, lr, momentum, codec=four)),
     }  # fmt: skip
 
 

@@ -138,22 +138,34 @@ def simulate_command(arguments: Sequence[str]) -> str:
         help="how unequally fast the workers are: standard deviation of the logarithm of their step times (log-normal)",
     )
     parser.add_argument(
+        "--link-spread",
+        type=float,
+        default=0.0,
+        help="how unequally fast the links are: standard deviation of the logarithm of their bandwidths, --mbit being the median",
+    )
+    parser.add_argument(
         "--lr", type=float, help="peak of a cosine schedule, for methods that read the learning rate (qsr)"
     )
     plan, given, shapes, buffers = _parsed(name, parser, arguments[1:])
-    if not 0 <= given["spread"] < 5:
-        raise BadInputError(f"--spread={given['spread']:g}: must be a number in [0, 5)")
-    link, seconds = Link(given["mbit"], given["ms"]), spread(given["step_seconds"], given["spread"], given["n"])
+    for option, value in (("--spread", given["spread"]), ("--link-spread", given["link_spread"])):
+        if not 0 <= value < 5:
+            raise BadInputError(f"{option}={value:g}: must be a number in [0, 5)")
+    if given["link_spread"] and not given["mbit"]:
+        raise BadInputError(f"--link-spread={given['link_spread']:g}: spreads a bandwidth, which --mbit sets")
+    seconds = spread(given["step_seconds"], given["spread"], given["n"])
+    speeds = spread(given["mbit"], given["link_spread"], given["n"], seed=1)
+    slow = [Link(speeds, given["ms"])] if isinstance(speeds, float) else [Link(mbit, given["ms"]) for mbit in speeds]
+    link = slow[0] if len(slow) == 1 else slow
     return show.simulation(name, plan, shapes, buffers, given["n"], given["steps"], link, seconds, given["lr"])
 
 
-def spread(median: float, sigma: float, n: int) -> float | list[float]:
-    """Step times of ``n`` workers: the quantiles ``(i + 1/2) / n`` of a log-normal distribution, dealt out in a fixed order."""
+def spread(median: float, sigma: float, n: int, seed: int = 0) -> float | list[float]:
+    """Step times or bandwidths: the quantiles ``(i + 1/2) / n`` of a log-normal distribution, dealt out in a fixed order."""
     if sigma == 0.0:
         return median
     normal = NormalDist()
     times = [median * math.exp(sigma * normal.inv_cdf((rank + 0.5) / n)) for rank in range(n)]
-    return random.Random(0).sample(times, n)
+    return random.Random(seed).sample(times, n)
 
 
 def topology_command(arguments: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_dopt.apply import OneRound
-from lightning_dopt.comm.link import Link
+from lightning_dopt.comm.link import Link, one_per_rank, slowest
 from lightning_dopt.compress import Identity
 from lightning_dopt.compress.base import Compressor
 from lightning_dopt.compress.memory import Memory
@@ -28,7 +28,7 @@ class ClosedForm:
 
 
 def closed_form(
-    plan: Plan, n: int, shapes: Shapes, link: Link, step_seconds: float | Sequence[float] = 0.0
+    plan: Plan, n: int, shapes: Shapes, link: Link | Sequence[Link], step_seconds: float | Sequence[float] = 0.0
 ) -> ClosedForm | None:
     """``sum over syncs of rate * bytes`` and ``t + sum of rate * max(0, transfer - delay * t)``; the end of training is left out.
 
@@ -41,13 +41,17 @@ def closed_form(
         plan: The plan; buffers are not counted.
         n: Number of workers.
         shapes: Shape of each trainable parameter by name.
-        link: Speed of each worker's link.
+        link: Speed of the workers' links, one for all or one per rank; a transfer among all takes as long as the slowest needs.
         step_seconds: Seconds of one inner step, one number or one per rank.
 
     Returns:
         ``None`` where there is no simple formula: schedules without a fixed rate, ranks that send unequally much, codecs that are
-        summed over several rounds, combines that send more than a message.
+        summed over several rounds, combines that send more than a message, neighbours with unequal links.
     """
+    links = one_per_rank("closed_form", link, n) or []
+    common = slowest(links)
+    if len(set(map(repr, links))) > 1 and not all(sync.peers.is_mean(n) for sync in plan):
+        return None
     step = float(step_seconds) if isinstance(step_seconds, (int, float)) else max(step_seconds)
     nbytes, seconds = 0.0, step
     for sync in plan:
@@ -56,7 +60,7 @@ def closed_form(
             return None
         nbytes += rate * sum(sent)
         hidden = step / rate if rate and isinstance(sync.apply, OneRound) else sync.apply.delay * step
-        seconds += rate * max(0.0, _seconds(sync, n, sent, link) - hidden)
+        seconds += rate * max(0.0, _seconds(sync, n, sent, common) - hidden)
     return ClosedForm(nbytes, seconds)
 
 

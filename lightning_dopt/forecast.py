@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_dopt._checks import check_int
 from lightning_dopt.apply import OneRound
 from lightning_dopt.comm.ledger import Ledger, all_gather_bytes, all_reduce_bytes
-from lightning_dopt.comm.link import Link, LinkClock
+from lightning_dopt.comm.link import Link, LinkClock, one_per_rank, slowest
 from lightning_dopt.comm.world import Pending, Talk, World
 from lightning_dopt.engine import Engine
 from lightning_dopt.exchange import Channel, Flight
@@ -81,7 +81,7 @@ def forecast(
     n: int,
     parameters: Shapes,
     steps: int = 1000,
-    link: Link | None = None,
+    link: Link | Sequence[Link] | None = None,
     step_seconds: float | Sequence[float] = 0.0,
     buffers: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -100,7 +100,8 @@ def forecast(
         n: Number of workers.
         parameters: Shape of each trainable parameter by name, in the order of the module.
         steps: Optimizer steps.
-        link: Speed of each worker's link; ``None`` means unlimited. ``Sync(transport="auto")`` takes what is faster over it.
+        link: Speed of the workers' links, one for all or one per rank; ``None`` means unlimited. ``Sync(transport="auto")`` takes
+            what is faster over it, or over the slowest.
         step_seconds: Seconds that one inner step takes, one number or one per rank.
         buffers: Number of floating point elements in the module's buffers, if they are averaged.
         dtype: Type of the parameters.
@@ -186,24 +187,35 @@ class _Arrival(Pending):
         count = len(self.world.workers)
         began, seconds = (x if len(x) == count else x * count for x in (self.began, self.seconds))
         latest = max(began)
+        longest = max(seconds)
         for i, worker in enumerate(self.world.workers):
-            ready = latest if self.sources is None else max(began[j] for j in (i, *self.sources[i]))
-            worker.clock.wait(ready + seconds[i])
+            ends = None if self.sources is None else (i, *self.sources[i])
+            ready = latest if ends is None else max(began[j] for j in ends)
+            span = seconds[i]
+            if not self.world.alike:
+                span = longest if ends is None else max(seconds[j] for j in ends)
+            worker.clock.wait(ready + span)
 
 
 class _AllRanks(World):
     """A world that stands for all of its ranks: as one worker while all have done the same, as ``n`` from then on."""
 
-    def __init__(self, size: int, link: Link | None) -> None:
+    def __init__(self, size: int, link: Link | Sequence[Link] | None) -> None:
         super().__init__(0, size)
-        self._known, self._link = link, link or Link()
-        self.workers = [_Worker(LinkClock(self._link))]
+        known = one_per_rank("forecast", link, size)
+        self._common = slowest(known) if known is not None else None
+        self.alike = known is None or len(set(map(repr, known))) == 1
+        self._links = [known[0] if known is not None else Link()] if self.alike or known is None else known
+        self.workers = [_Worker(LinkClock(each)) for each in self._links]
         self._loads: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
 
     @property
     def link(self) -> Link | None:
-        """See :attr:`World.link`."""
-        return self._known
+        """See :attr:`World.link`; the slowest, as all must choose alike."""
+        return self._common
+
+    def _of(self, rank: int) -> Link:
+        return self._links[0] if self.alike else self._links[rank]
 
     def compute(self, seconds: list[float]) -> None:
         """All ranks compute."""
@@ -241,19 +253,21 @@ class _AllRanks(World):
     def all_reduce(self, tensor: Tensor, label: str, *, overhead: bool = False) -> Pending:
         """See :meth:`World.all_reduce`."""
         nbytes = tensor.nbytes
-        sent, seconds = [all_reduce_bytes(nbytes, self.size)], [self._link.all_reduce(nbytes, self.size)]
-        return self._start(label, sent, seconds, overhead=overhead)
+        seconds = [each.all_reduce(nbytes, self.size) for each in self._links]
+        return self._start(label, [all_reduce_bytes(nbytes, self.size)] * len(seconds), seconds, overhead=overhead)
 
     def all_gather(self, payload: Tensor, label: str) -> Pending:
         """See :meth:`World.all_gather`."""
         nbytes = payload.nbytes
-        return self._start(label, [all_gather_bytes(nbytes, self.size)], [self._link.all_gather(nbytes, self.size)])
+        seconds = [each.all_gather(nbytes, self.size) for each in self._links]
+        return self._start(label, [all_gather_bytes(nbytes, self.size)] * len(seconds), seconds)
 
     def gossip(self, nbytes: int, peers: Topology, round_: int, label: str) -> Pending:
         """Every rank exchanges messages of ``nbytes`` with its neighbours of that round."""
         loads = self._degrees(peers, round_)
         sent = [nbytes * out for out, _ in loads]
-        seconds = [self._link.exchange(max(s, nbytes * len(heard))) for s, (_, heard) in zip(sent, loads, strict=True)]
+        most = [max(s, nbytes * len(heard)) for s, (_, heard) in zip(sent, loads, strict=True)]
+        seconds = [self._of(rank).exchange(each) for rank, each in enumerate(most)]
         return self._start(label, sent, seconds, [heard for _, heard in loads])
 
     def chunks(self, two_phase: TwoPhase, leg: int, label: str) -> Pending:
@@ -263,7 +277,7 @@ class _AllRanks(World):
         got = [two_phase.sent_bytes(j)[1 - leg] for j in ranks]
         filled = [j for j in ranks if two_phase.chunks[j].nbytes]
         sources = [[i for i in (ranks if leg == 0 and j in filled else filled if leg else []) if i != j] for j in ranks]
-        seconds = [self._link.exchange(max(pair)) for pair in zip(sent, got, strict=True)]
+        seconds = [self._of(rank).exchange(max(pair)) for rank, pair in enumerate(zip(sent, got, strict=True))]
         return self._start(label, sent, seconds, sources)
 
     def _degrees(self, peers: Topology, round_: int) -> list[tuple[int, list[int]]]:

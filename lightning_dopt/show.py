@@ -197,7 +197,7 @@ def simulation(
     buffers: int,
     n: int,
     steps: int,
-    link: Link,
+    link: Link | Sequence[Link],
     step_seconds: float | Sequence[float],
     lr: float | None = None,
 ) -> str:
@@ -210,7 +210,7 @@ def simulation(
         buffers: Elements of averaged buffers.
         n: Number of workers.
         steps: Optimizer steps.
-        link: Speed of each worker's link.
+        link: Speed of the workers' links, one for all or one per rank.
         step_seconds: Seconds of one inner step, one number or one per rank.
         lr: Peak of a cosine schedule of the learning rate, for plans that read it.
     """
@@ -219,7 +219,11 @@ def simulation(
     rate = None if lr is None else lambda t: 0.5 * lr * (1.0 + math.cos(math.pi * t / steps))
     mine = forecast(plan, n, shapes, steps, link, step_seconds, buffers, lr=rate)
     formula = closed_form(plan, n, shapes, link, step_seconds) if not buffers and lr is None else None
-    speed = f"{link.mbit:g} Mbit/s" if link.mbit else "unlimited bandwidth"
+    links = [link] if isinstance(link, Link) else list(link)
+    least, most = min(each.mbit for each in links), max(each.mbit for each in links)
+    speed = (
+        f"{least:.3g} to {most:.3g} Mbit/s" if least < most else f"{least:g} Mbit/s" if least else "unlimited bandwidth"
+    )
     rows = [
         ("", name, "all-reduce every step"),
         ("bytes per worker", _bytes(max(mine.bytes)), _bytes(max(every.bytes))),
@@ -234,7 +238,7 @@ def simulation(
         each = _seconds(step_seconds)
     else:
         each = f"{_seconds(min(step_seconds))} to {_seconds(max(step_seconds))}"
-    lines = [f"{_model(shapes)}, {n} workers, {steps} steps of {each}, {speed}, {link.ms:g} ms", ""]
+    lines = [f"{_model(shapes)}, {n} workers, {steps} steps of {each}, {speed}, {links[0].ms:g} ms", ""]
     lines += [f"{a:<20}{b:>16}{c:>24}" for a, b, c in rows]
     if formula is not None:
         told = f"{_bytes(formula.bytes_per_step)} and {_seconds(formula.seconds_per_step)} per step"

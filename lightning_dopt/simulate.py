@@ -31,7 +31,7 @@ class Simulation:
         init: Makes the parameters of a rank, ``{name: tensor}``.
         backward: Called with (rank, parameters, step) before each step; sets ``grad`` of the parameters.
         optimizer: Makes the inner optimizer of a list of parameters, such as ``lambda ps: torch.optim.SGD(ps, lr=0.1)``.
-        link: Speed of each worker's link, for virtual time; ``None`` measures no time.
+        link: Speed of the workers' links, for virtual time, one for all or one per rank; ``None`` measures no time.
             ``Sync(transport="auto")`` takes what is faster over it.
         step_seconds: Virtual seconds that one inner step takes, one number or one per rank.
         on_lost_peer: What happens after :meth:`kill`: ``"continue"`` goes on without the rank, ``"end"`` raises.
@@ -53,7 +53,7 @@ class Simulation:
         init: Callable[[int], Mapping[str, Tensor]],
         backward: Callable[[int, Replica, int], None],
         optimizer: Callable[[list[Tensor]], Optimizer],
-        link: Link | None = None,
+        link: Link | Sequence[Link] | None = None,
         step_seconds: float | Sequence[float] = 0.0,
         on_lost_peer: OnLostPeer = "end",
         patience: float | None = None,

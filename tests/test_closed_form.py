@@ -94,3 +94,15 @@ def test_a_learning_rate_for_methods_that_read_it(capsys: pytest.CaptureFixture[
     assert sent() != sent("--lr", "0.008")
     with pytest.raises(BadInputError, match="--spread=9"):
         run(["simulate", "diloco", "--spread", "9"])
+
+
+def test_links_may_be_unequal_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    given = "-n 64 --mbit 100 --parameters 10e6 --steps 100 --step-seconds 0.2 --link-spread 0.5"
+    run(["simulate", "diloco", "--sync_every", "50", *given.split()])
+    text = capsys.readouterr().out
+    assert "29.9 to 335 Mbit/s" in text  # quantiles 1/128 and 127/128
+    assert "closed formula, in the long run" in text
+    with pytest.raises(BadInputError, match=r"--link-spread=0.5: spreads a bandwidth, which --mbit sets"):
+        run(["simulate", "diloco", "--link-spread", "0.5"])
+    with pytest.raises(BadInputError, match="--link-spread=-1"):
+        run(["simulate", "diloco", "--mbit", "5", "--link-spread", "-1"])

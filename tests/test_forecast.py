@@ -123,6 +123,31 @@ def test_bytes_and_time_equal_the_simulation(name: str, n: int) -> None:
     assert told.stall_s == max(c.stall_s for c in clocks)
 
 
+@pytest.mark.parametrize("name", PLANS)
+def test_links_of_unequal_speed_equal_the_simulation(name: str) -> None:
+    plan, n, steps = PLANS[name](), 6, 11
+    links = [Link(mbit=0.02 * (rank + 1), ms=float(7 - rank)) for rank in range(n)]
+    simulation = Simulation(plan, n, mosaic, mosaic_backward, adam, link=links, step_seconds=0.01).run(steps).finish()
+    told = forecast(plan, n, SHAPES, steps, links, step_seconds=0.01)
+    clocks = [w.clock for w in simulation.worlds if w.clock is not None]
+    assert told.bytes == simulation.bytes
+    assert told.seconds == pytest.approx(max(c.now for c in clocks), rel=1e-12)
+    assert told.stall_s == pytest.approx(max(c.stall_s for c in clocks), rel=1e-12)
+
+
+def test_a_slow_link_holds_up_all_in_a_sum_and_its_neighbours_in_gossip() -> None:
+    """Eight ranks on a ring, one round: after it only the slow rank and those it talks to have waited for its link."""
+    n, links = 8, [Link(mbit=0.001 if rank == 3 else 1.0) for rank in range(8)]
+    for plan, slow in ((Plan([Sync(peers=Ring())]), {2, 3, 4}), (Plan([Sync()]), set(range(n)))):
+        run = Simulation(plan, n, mosaic, mosaic_backward, adam, link=links, step_seconds=0.01).run(1)
+        waited = {w.rank for w in run.worlds if w.clock is not None and w.clock.stall_s > 0.1}
+        assert waited == slow
+    even = forecast(Plan([Sync()]), n, SHAPES, 5, [Link(0.001)] * n, 0.01)
+    assert forecast(Plan([Sync()]), n, SHAPES, 5, links, 0.01).seconds == pytest.approx(even.seconds)
+    with pytest.raises(ValueError, match=r"^forecast\(link=<2 of them>\): must be one Link"):
+        forecast(Plan([Sync()]), n, SHAPES, 5, links[:2], 0.01)
+
+
 def test_slow_ranks_equal_the_simulation() -> None:
     seconds = [0.01, 0.05, 0.02, 0.03]
     for plan in (plans.gossip(Ring()), plans.diloco(3), Plan([Sync(when=Every(3), peers=Star(), apply=Delay(2))])):

@@ -40,8 +40,11 @@ def compare(ranks: Ranks, plan: Plan, n: int, optimizer: Optimizer) -> None:
         mine = sim.worlds[rank].ledger.state_dict()
         for label, entry in mine.items():
             assert {**ledger[label], "stall_s": 0.0} == entry
-        if plan != PLANS["gossip star"]:  # where degrees differ, only the simulation knows how long others take
-            assert clock == pytest.approx(sim.worlds[rank].clock.state_dict())  # type: ignore[union-attr]
+        expected = sim.worlds[rank].clock.state_dict()  # type: ignore[union-attr]
+        if len(set(sim.bytes)) == 1:
+            assert clock == pytest.approx(expected)
+        else:  # where ranks send unequally much, only the simulation knows how long others take
+            assert clock["now"] <= expected["now"] + 1e-9
     assert len({str(sorted(ledger)) for _, ledger, _ in answers}) == 1
 
 

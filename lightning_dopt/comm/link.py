@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_dopt._checks import check_float
@@ -42,6 +43,25 @@ class Link(Part):
     def exchange(self, nbytes: int) -> float:
         """Seconds until the last of ``nbytes`` to neighbours has arrived; 0 if nothing is sent."""
         return self.ms * 1e-3 + self.transfer(nbytes) if nbytes else 0.0
+
+
+def one_per_rank(owner: str, link: Link | Sequence[Link] | None, n: int) -> list[Link] | None:
+    """Every rank's link, from one for all or a list of them.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    if link is None or isinstance(link, Link):
+        return None if link is None else [link] * n
+    links = list(link)
+    if len(links) != n or not all(isinstance(each, Link) for each in links):
+        raise ValueError(f"{owner}(link=<{len(links)} of them>): must be one Link(...), or {n} of them, one per rank")
+    return links
+
+
+def slowest(links: Sequence[Link]) -> Link:
+    """What holds for all: the least bandwidth and the longest latency."""
+    return Link(min((each.mbit for each in links if each.mbit), default=0.0), max(each.ms for each in links))
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dopt.comm.ledger import all_gather_bytes, all_reduce_bytes
-from lightning_dopt.comm.link import Link, LinkClock
+from lightning_dopt.comm.link import Link, LinkClock, one_per_rank, slowest
 from lightning_dopt.comm.links import REST, Links, OnLostPeer, check_links, make_links
 from lightning_dopt.comm.world import Pending, SyncError, Talk, World
 
@@ -25,6 +25,7 @@ class _Meeting:
     label: str
     brought: dict[int, Any] = field(default_factory=dict)
     posted: dict[int, float] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
     taken: int = 0
     outcome: Any = None
 
@@ -56,8 +57,9 @@ class _Visit(Pending):
         result = self.finish(meeting)
         if world.clock is not None:
             posted = meeting.posted  # an exchange waits for those it hears only
-            ready = max(posted[j] for j in self.sources or posted if j in posted)
-            world.clock.wait(ready + self.seconds)
+            heard = [j for j in self.sources or posted if j in posted]
+            seconds = self.seconds if world.hub.alike else max(meeting.seconds[j] for j in heard)
+            world.clock.wait(max(posted[j] for j in heard) + seconds)
         meeting.taken += 1
         if meeting.taken == len(meeting.brought):
             del world.hub.meetings[self.index]
@@ -79,12 +81,14 @@ class SimulatedWorld(World):
     def create(
         cls,
         size: int,
-        link: Link | None = None,
+        link: Link | Sequence[Link] | None = None,
         on_lost_peer: OnLostPeer = "end",
         patience: float | None = None,
         rest: int = REST,
     ) -> list[SimulatedWorld]:
         """``size`` workers that can talk to each other, over links of the given speed if one is given.
+
+        With links of unequal speed, one per worker, a transfer takes as long as the slowest of its ends needs.
 
         The other arguments are those of :class:`ProcessGroupWorld`, with ``patience`` in virtual seconds.
 
@@ -94,17 +98,25 @@ class SimulatedWorld(World):
         check_links(cls.__name__, on_lost_peer, patience, rest)
         if patience is not None and link is None:
             raise ValueError(f"{cls.__name__}(patience={patience!r}): virtual time passes only with link=Link(...)")
-        hub = _Hub()
+        links = one_per_rank(cls.__name__, link, size)
+        hub = _Hub(
+            common=slowest(links) if links is not None else None, alike=links is None or len(set(map(repr, links))) == 1
+        )
         return [
             cls(
                 hub,
                 rank,
                 size,
-                LinkClock(link) if link is not None else None,
+                LinkClock(links[rank]) if links is not None else None,
                 make_links(rank, size, on_lost_peer, patience, rest, cls.__name__),
             )
             for rank in range(size)
         ]
+
+    @property
+    def link(self) -> Link | None:
+        """See :attr:`World.link`; the slowest, so that all choose alike."""
+        return self.hub.common
 
     def die(self) -> None:
         """This worker takes part in nothing from now on, and nobody waits for it if the world goes on without lost peers."""
@@ -129,6 +141,7 @@ class SimulatedWorld(World):
         meeting.brought[self.rank] = item
         if self.clock is not None:
             meeting.posted[self.rank] = self.clock.post(seconds) - seconds
+            meeting.seconds[self.rank] = seconds
         return _Visit(self, index, finish, seconds, sources)
 
     def _reduce(self, tensor: Tensor, label: str, kind: str, combine: Callable[[list[Tensor]], Tensor]) -> Pending:
@@ -215,7 +228,8 @@ class SimulatedWorld(World):
 
 
 class _Hub:
-    def __init__(self) -> None:
+    def __init__(self, common: Link | None, alike: bool) -> None:
+        self.common, self.alike = common, alike
         self.meetings: dict[int, _Meeting] = {}
         self.dead: set[int] = set()
 
