@@ -41,3 +41,53 @@ class LocalSteps(Part):
         if not self.dynamic:
             return self.steps
         return max(1, floor(speed / fastest * self.steps + _ROUNDING))
+
+
+class Turns:
+    """Which steps one rank takes: all at which ranks talk, and of the others as many as its share allows, spread evenly.
+
+    Rounds have ``steps`` steps. How many of these are for talking is known from the round before; in the first one it is
+    taken to be one, the last.
+
+    Args:
+        steps: Length of a round.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._talks, self._heard, self._free = 1, 0, 0
+        self._asked, self._answer = -1, True
+
+    def takes(self, step: int, share: int, talks: bool) -> bool:
+        """Whether the rank takes optimizer step ``step`` (1 is the first); to be asked for one step after the other.
+
+        Args:
+            step: Its number.
+            share: How many steps of a round the rank takes.
+            talks: Whether ranks talk at this step.
+        """
+        if step == self._asked:
+            return self._answer
+        if (step - 1) % self.steps == 0:
+            self._talks, self._heard, self._free = self._heard if step > self.steps else 1, 0, 0
+        self._asked, self._answer = step, talks or self._may(share)
+        if talks:
+            self._heard += 1
+        else:
+            self._free += 1
+        return self._answer
+
+    def _may(self, share: int) -> bool:
+        others, wanted = self.steps - self._talks, max(0, share - self._talks)
+        if self._free >= others:  # less talk than in the round before
+            return share == self.steps
+        return (self._free + 1) * wanted // others > self._free * wanted // others
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in the round it is."""
+        return {"talks": self._talks, "heard": self._heard, "free": self._free}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there, with the step that comes next."""
+        self._talks, self._heard, self._free = state["talks"], state["heard"], state["free"]
+        self._asked = -1

@@ -14,7 +14,7 @@ from lightning_dopt.comm.links import REST, OnLostPeer
 from lightning_dopt.comm.simulated import SimulatedWorld, lockstep
 from lightning_dopt.comm.world import Talk
 from lightning_dopt.engine import Engine
-from lightning_dopt.pace import LocalSteps
+from lightning_dopt.pace import LocalSteps, Turns
 from lightning_dopt.plan import Plan
 
 Replica = dict[str, Tensor]
@@ -38,9 +38,9 @@ class Simulation:
         patience: Virtual seconds to wait for a neighbour before its link is to rest; see :class:`ProcessGroupWorld`.
         rest: Optimizer steps with a meeting of the pair that a link rests.
         offload: See :class:`Engine`.
-        pace: Unequal numbers of steps between meetings, all of which must lie at multiples of ``pace.steps``: in every round of so
-            many, slow ranks take ``pace.of(...)`` steps and :meth:`Engine.skip` the others. Speeds are those of ``pace``, or follow
-            from ``step_seconds``.
+        pace: Unequal numbers of steps: in every round of ``pace.steps`` slow ranks take ``pace.of(...)`` of them and
+            :meth:`Engine.skip` the others, never one at which ranks talk (:class:`~lightning_dopt.pace.Turns`). Speeds are those of
+            ``pace``, or follow from ``step_seconds``.
 
     Raises:
         ValueError: ``n < 1``, a plan that does not suit ``n``, or the wrong number of step times or speeds.
@@ -68,6 +68,7 @@ class Simulation:
         self.pace = pace
         self.round_steps = _round_steps(pace, self.seconds)
         """Steps that each rank takes in a round of ``pace.steps``; empty without a pace."""
+        self._turns = [Turns(pace.steps) for _ in range(n)] if pace is not None else []
         self.backward = backward
         self.worlds = SimulatedWorld.create(n, link, on_lost_peer, patience, rest)
         self.alive = list(range(n))
@@ -104,8 +105,9 @@ class Simulation:
         """The ranks that take the coming step; the others skip it."""
         if self.pace is None:
             return self.alive
-        place = self.engines[self.alive[0]].step % self.pace.steps + 1
-        ranks = [r for r in self.alive if place < self.round_steps[r] or place == self.pace.steps]
+        step = self.engines[self.alive[0]].step + 1
+        shares, turns = self.round_steps, self._turns
+        ranks = [r for r in self.alive if turns[r].takes(step, shares[r], self.engines[r].communicates(step))]
         for rank in self.alive:
             if rank not in ranks:
                 self.engines[rank].skip(1)

@@ -10,7 +10,7 @@ import torch
 from problems import Quadratics, sgd
 from torch import Tensor
 
-from lightning_dopt import Every, Link, Plan, Simulation, Sync, outer, plans
+from lightning_dopt import Every, Int8, Link, Plan, Simulation, Sync, outer, plans
 from lightning_dopt.asynchronous import (
     Count,
     EqualWeights,
@@ -30,6 +30,7 @@ from lightning_dopt.asynchronous import (
     fedfix,
 )
 from lightning_dopt.optim import DelayedNesterov
+from lightning_dopt.pace import Turns
 from lightning_dopt.topology import WeightedMean
 
 SPEEDS = [0.58, 0.75, 1.51, 3.33]
@@ -203,10 +204,59 @@ def test_an_unequal_pace_saves_waiting() -> None:
 
 
 def test_no_rank_may_leave_out_a_step_at_which_others_wait() -> None:
-    with pytest.raises(ValueError, match=r"^Engine.skip\(steps=1\): ranks talk at step 5, which none may leave out$"):
-        paced(plans.diloco(5), 10)
+    engine = paced(plans.diloco(5), 10).engines[0]
+    engine.skip(4)
+    with pytest.raises(ValueError, match=r"^Engine.skip\(steps=1\): ranks talk at step 15, which none may leave out$"):
+        engine.skip(1)
     with pytest.raises(ValueError, match=r"^Engine.skip\(steps=1\): corrections count every step"):
         paced(plans.k_gt(sync_every=10), 10)
+
+
+@pytest.mark.parametrize("share", [1, 3, 7, 10])
+def test_a_rank_takes_every_step_at_which_ranks_talk_and_its_share_evenly(share: int) -> None:
+    """Rounds of ten with talk at steps 5, 6 and 10; from the second one on that is known."""
+    turns, taken = Turns(10), []
+    for step in range(1, 41):
+        talks = step % 10 in (5, 6, 0)
+        assert turns.takes(step, share, talks) == turns.takes(step, share, talks)  # asking twice changes nothing
+        if turns.takes(step, share, talks):
+            taken.append(step)
+        assert not talks or step in taken
+    rounds = [[step for step in taken if 10 * k < step <= 10 * k + 10] for k in range(1, 4)]
+    assert [len(r) for r in rounds] == [max(3, share)] * 3
+    first, second = (sum(step % 10 in half for step in rounds[0]) for half in ((1, 2, 3, 4), (7, 8, 9)))
+    assert abs(first / 4 - second / 3) <= 0.34
+
+
+def test_turns_go_on_where_they_were_saved() -> None:
+    def ask(turns: Turns, steps: range) -> list[bool]:
+        return [turns.takes(step, 4, step % 10 in (5, 0)) for step in steps]
+
+    whole, first, again = Turns(10), Turns(10), Turns(10)
+    expected = ask(whole, range(1, 41))
+    ask(first, range(1, 18))
+    again.load_state_dict(first.state_dict())
+    assert ask(again, range(18, 41)) == expected[17:]
+
+
+def test_a_streaming_plan_at_an_unequal_pace_keeps_its_anchors_equal() -> None:
+    def backward(rank: int, parameters: dict[str, Tensor], step: int) -> None:
+        for name, goal in (("x", rank + 1.0), ("y", -rank)):
+            parameters[name].grad = parameters[name].detach() - goal
+
+    run = Simulation(
+        plans.streaming_diloco(10, 2, 3, outer_momentum=0.3, codec=Int8()),
+        4,
+        lambda rank: {"x": torch.ones(3), "y": torch.ones(2)},
+        backward,
+        sgd(0.05),
+        step_seconds=SPEEDS,
+        pace=LocalSteps(10, dynamic=True),
+    ).run(60)
+    for runners in zip(*(engine.runners for engine in run.engines), strict=True):
+        anchors = [runner.lanes[0].anchor for runner in runners]
+        assert all(torch.equal(anchors[0], anchor) for anchor in anchors)  # type: ignore[arg-type]
+    assert run.distance() > 0.0
 
 
 # ------------------------------------------------------------------ conservation and determinism

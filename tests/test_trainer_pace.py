@@ -133,9 +133,18 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"must have 4 speeds, one per rank$"):
         trainer(paced(PACE), devices=4)
 
-    def job(rank: int) -> str:
-        with pytest.raises(ValueError, match="ranks talk at step 3, within a round of 4") as caught:
-            trainer(paced(PACE, plans.local_sgd(3)), max_steps=4).fit(Regressor(), regression())
-        return str(caught.value)
 
-    assert on_ranks(job)[0].startswith("pace=LocalSteps(")
+def test_streaming_with_four_bits_at_an_unequal_pace() -> None:
+    """A rank with time for one step of eight takes those at which ranks talk: 8, then 11 and 15 (arrivals), 12 and 16."""
+    plan = plans.streaming_diloco(8, 2, 3, outer_momentum=0.3)
+
+    def job(rank: int) -> tuple[int, list[torch.Tensor]]:
+        module = Regressor()
+        strategy = paced(LocalSteps(8, dynamic=True, speeds=[8.0, 1.0]), plan)
+        trainer(strategy, max_steps=16).fit(module, regression(256))
+        anchors = [lane.anchor for runner in strategy.engine.runners for lane in runner.lanes]  # type: ignore[union-attr]
+        return strategy.pacer.taken, anchors  # type: ignore[union-attr, return-value]
+
+    (fast, anchors), (slow, others) = on_ranks(job)
+    assert (fast, slow) == (16, 5)
+    assert all(torch.equal(a, b) for a, b in zip(anchors, others, strict=True))

@@ -9,19 +9,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_dopt.comm.world import Talk
+from lightning_dopt.comm.world import Pending, Talk
 from lightning_dopt.engine import Engine
-from lightning_dopt.pace import LocalSteps
+from lightning_dopt.pace import LocalSteps, Turns
 from lightning_dopt.plan import Plan
-
-_ROUNDS = 8  # looked at before training; Engine.skip looks at every step
 
 
 def check_pace(owner: str, pace: LocalSteps | None, plan: Plan, n: int | None = None) -> None:
     """Refuse a pace that cannot work with a plan and a number of ranks, if that is known.
 
     Raises:
-        ValueError: ranks talk within a round, or speeds are given for another number of ranks.
+        ValueError: the plan has corrections, or speeds are given for another number of ranks.
     """
     if pace is None:
         return
@@ -38,43 +36,36 @@ def check_pace(owner: str, pace: LocalSteps | None, plan: Plan, n: int | None = 
 class Pacer:
     """Says which steps of a round this rank takes, and measures how fast it is.
 
-    In a round of ``H`` steps a rank of speed ``v`` takes ``H_i = floor(v / v_max * H)`` of them: the first ``H_i - 1``, and
-    the last one, after which all meet. Step numbers, batches, schedules and epochs stay the same on all ranks. The
-    largest speed is agreed on at the end of each round, by a maximum over one number (8 bytes of overhead).
+    In a round of ``H`` steps a rank of speed ``v`` takes ``H_i = floor(v / v_max * H)`` of them: those at which ranks talk, and
+    others spread evenly (:class:`~lightning_dopt.pace.Turns`). Step numbers, batches, schedules and epochs stay the same on
+    all ranks. The largest speed is agreed on at the end of each round, by a maximum over one number (8 bytes of
+    overhead); where the plan's messages travel while training goes on it is heard a round later, so that nobody waits.
 
     Args:
         pace: Steps per round, and whether they follow the speed.
         engine: The rank's engine.
-
-    Raises:
-        ValueError: ranks talk within a round.
 
     Source: dynamic local updates (DyLU) of Liu et al., arXiv 2401.09135, with a common end of the round.
     """
 
     def __init__(self, pace: LocalSteps, engine: Engine) -> None:
         self.pace, self.engine = pace, engine
-        inside = (step for step in range(1, _ROUNDS * pace.steps) if step % pace.steps)
-        early = next((step for step in inside if engine.communicates(step)), None)
-        if early is not None:
-            raise ValueError(
-                f"pace={pace!r}: ranks talk at step {early}, within a round of {pace.steps}, where a slow rank may be absent"
-            )
         self.round_steps = pace.steps
         """Steps that this rank takes in the present round."""
         if pace.dynamic and pace.speeds is not None:
             self.round_steps = pace.of(pace.speeds[engine.world.rank], max(pace.speeds))
         self.taken = 0
         """Optimizer steps that this rank has taken."""
-        self._seconds = 0.0
-        self._steps = 0
+        self._turns = Turns(pace.steps)
+        self._speed, self._seconds, self._steps = 1.0, 0.0, 0
         self._since: tuple[float, float] | None = None
+        self._asked: tuple[float, Pending] | None = None
 
     @property
     def takes_part(self) -> bool:
         """Whether this rank takes the coming step."""
-        place = self.engine.step % self.pace.steps + 1
-        return place < self.round_steps or place == self.pace.steps
+        step = self.engine.step + 1
+        return self._turns.takes(step, self.round_steps, self.engine.communicates(step))
 
     def begin(self) -> None:
         """A step begins; what went before counts as well (loading of data), unless :meth:`rest` was called."""
@@ -102,16 +93,22 @@ class Pacer:
         """After a step: at the end of a round, agree on how many steps this rank takes in the next one."""
         if self.engine.step % self.pace.steps or not self.pace.dynamic:
             return
-        speed = self._steps / self._seconds if self._seconds > 0.0 else 1.0
+        if self._seconds > 0.0:
+            self._speed = self._steps / self._seconds
         self._seconds, self._steps = 0.0, 0
-        world = self.engine.world
-        device = self.engine.flat.lanes[0].live.device
-        fastest = yield world.all_reduce_max(torch.tensor([speed], dtype=torch.float64, device=device), "pace")
-        self.round_steps = self.pace.of(speed, float(fastest.item()))
+        world, device = self.engine.world, self.engine.flat.lanes[0].live.device
+        earlier = self._asked
+        own = torch.tensor([self._speed], dtype=torch.float64, device=device)
+        self._asked = (self._speed, world.all_reduce_max(own, "pace"))
+        heard = earlier if self.engine.plan.overlaps else self._asked
+        if heard is not None:
+            speed, pending = heard
+            self.round_steps = self.pace.of(speed, float((yield pending).item()))
 
     def state_dict(self) -> dict[str, Any]:
         """What the rest of a round needs."""
-        return {"pace": repr(self.pace), "round_steps": self.round_steps, "taken": self.taken}
+        turns = self._turns.state_dict()
+        return {"pace": repr(self.pace), "round_steps": self.round_steps, "taken": self.taken, "turns": turns}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken; the time of the round's first part is lost.
@@ -122,6 +119,7 @@ class Pacer:
         if state["pace"] != repr(self.pace):
             raise ValueError(f"pace={self.pace!r}: the checkpoint was written with {state['pace']}")
         self.round_steps, self.taken = int(state["round_steps"]), int(state["taken"])
+        self._turns.load_state_dict(state["turns"])
 
 
 def check_trainer(pace: LocalSteps, module: LightningModule, trainer: Trainer) -> None:

@@ -55,7 +55,7 @@ class ReplicaStrategy(Collectives):
             two vectors like the parameters with DiLoCo, at the price of two copies of what is sent per sync.
         clock: Which optimizer's steps count, if there are several (index as in ``configure_optimizers``).
         pace: ``LocalSteps(H, dynamic=True)`` lets slow ranks take fewer steps per round of ``H``, so that nobody waits for them
-            for long; for plans all of whose messages lie at multiples of ``H``. A batch whose step a rank leaves out is not
+            for long. They take all steps at which ranks talk, so these must be few. A batch whose step a rank leaves out is not
             trained on. See :class:`~lightning_dopt.strategies.pacer.Pacer`.
         measure_every: Optimizer steps between measurements of ``consensus/distance`` during training, at the price of an
             all-reduce of the model each; 0 measures at validation only.
@@ -275,6 +275,7 @@ class ReplicaStrategy(Collectives):
         if self.pacer is not None and not self.pacer.takes_part:
             closure()
             engine.skip(1)
+            engine.run(self.pacer.meet())
             self._measure()
             return None
         if clock and not module.automatic_optimization and not engine.begun:
