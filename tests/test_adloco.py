@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from problems import Quadratics, p2
 from test_local_updates import close, path
 from torch import Tensor
@@ -198,3 +200,27 @@ def test_trainers_know_nothing_of_each_other_before_they_merge() -> None:
     both = path(problem, plans.adloco([[0, 1, 2, 3, 4, 6, 7], [5]], 3, merge_every=4), 9, 0.1)
     single = path(alone, plans.diloco(3, 0.5, 0.0, nesterov=False), 9, 0.1)
     close(both[:, 5], single[:, 0])
+
+
+def test_batches_go_on_growing_from_a_checkpoint(tmp_path: Path) -> None:
+    """Saved in the middle of an epoch: the resumed run takes the same windows and ends in the same weights."""
+
+    def job(rank: int) -> Any:
+        def one(steps: int, **options: Any) -> tuple[list[int], Tensor]:
+            spy, module = Spy(), Regressor()
+            callbacks = [spy, AdaptiveBatch(eta=0.15, largest=6), *options.pop("savers", [])]
+            fitter = trainer(
+                ReplicaStrategy(plan=plans.adloco(sync_every=3)), max_steps=steps, max_epochs=-1, callbacks=callbacks
+            )
+            fitter.fit(module, regression(160), **options)
+            return spy.accumulated, torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+
+        saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1)
+        whole, weights = one(14, savers=[saver])
+        again, resumed = one(14, ckpt_path=str(tmp_path / "step=7.ckpt"))
+        return whole, again, torch.equal(weights, resumed)
+
+    for whole, again, same in on_ranks(job):
+        assert whole[6] > 1
+        assert again == whole[7:]
+        assert same

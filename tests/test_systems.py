@@ -26,7 +26,7 @@ from lightning_dopt import (
     TopK,
     plans,
 )
-from lightning_dopt.comm import World
+from lightning_dopt.comm import World, lockstep
 from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.compress import (
     DGC,
@@ -713,6 +713,12 @@ EVERY: dict[str, Plan] = {
     "scallion": plans.scallion(RandK(0.3), 2),
     "scafcom": plans.scafcom(TopK(0.2), 2),
     "diana rand-k": gradients(DIANA(RandK(0.3))),
+    "dilocox": plans.dilocox(2, 2, keep=0.5, window=1, least=1, outer_momentum=0.3),
+    "adloco": plans.adloco([[0], [1]], 1),
+    "dipaco": plans.dipaco([[0, 0], [0, 1]], ["body.*", "head.*"], 2, rescale=True),
+    "cellm": plans.cellm("body.*", 2),
+    "fedce": plans.fedce(1),
+    "fsgld": plans.fsgld(1, 4, 0.01),
 }
 
 
@@ -728,6 +734,7 @@ def test_resume_is_exact(name: str) -> None:
         whole, first, again = (mosaic_simulation(plan, 2, suited(plan)) for _ in range(3))
         whole.run(6)
         first.run(stop)
+        lockstep([engine.land() for engine in first.engines])
         for k in range(2):
             again.engines[k].load_state_dict(copy.deepcopy(first.engines[k].state_dict()))
             again.optimizers[k].load_state_dict(copy.deepcopy(first.optimizers[k].state_dict()))
