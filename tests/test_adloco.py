@@ -44,6 +44,11 @@ def test_the_ratio_is_the_variance_of_the_mean_over_its_square() -> None:
     assert ratio == pytest.approx(0.25 / (20_000 * 0.01), rel=0.02)
 
 
+def test_two_workers_that_differ_by_a_known_amount() -> None:
+    pair = torch.stack([torch.full((50,), 1.0 + 0.3), torch.full((50,), 1.0 - 0.3)]).double()
+    assert noise_ratio(pair, 0.5) == pytest.approx(0.3**2 / 0.5**2)
+
+
 def test_one_worker_or_no_gradient_says_nothing_and_the_worst_group_decides() -> None:
     assert noise_ratio(rows(1, 1.0), 0.8) is None
     assert noise_ratio(torch.zeros(3, 4), 0.8) is None

@@ -82,6 +82,9 @@ def test_the_second_factor_is_taken_after_the_first_was_packed() -> None:
     error, plain = (float((x - q @ (q.T @ x)).norm() / x.norm()) for q in (span, p))
     assert error < 0.15
     assert error < plain
+    largest = x.abs().amax()
+    second = c.codec.roundtrip((x.T @ span / largest).T.reshape(-1)).view(2, 40)
+    torch.testing.assert_close(c.roundtrip(x), largest * span @ second, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
