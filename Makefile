@@ -32,9 +32,12 @@ lint: $(STAMP)
 # LINK_TOOL: a program that starts ranks behind links of a given speed; without it only the unlimited case runs.
 LINK_TOOL ?= $(wildcard ../shared/tools/slownet)
 
-bench: $(STAMP)  ## step times and bytes beside DDP's, also behind 100 and 20 Mbit/s; gossip from 4 to 16 ranks
+bench: $(STAMP)  ## step times and bytes beside DDP's, also behind 100 and 20 Mbit/s; gossip from 4 to 16 ranks; compressors, PowerSGD, budgets
 	$(BIN)/python -m benchmarks.step_time $(if $(LINK_TOOL),--link-tool $(LINK_TOOL))
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gossip_scaling
+	$(BIN)/python -m benchmarks.compressors --sizes 1000000 --seconds 0.1
+	$(BIN)/python -m benchmarks.powersgd
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.budgets --steps 60 --every 20
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
