@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import StrategyRegistry
 from problems import Quadratics
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from lightning_dopt import (
     AtEnd,
     Complete,
     Delay,
+    ElasticDiLoCoStrategy,
     ElasticStrategy,
     ErrorFeedback,
     Every,
@@ -34,7 +37,8 @@ from lightning_dopt import (
 from lightning_dopt.cli import BadInputError, workers_command
 from lightning_dopt.comm.elastic import ElasticWorld
 from lightning_dopt.compress import Phases
-from lightning_dopt.elastic import ElasticEngine, ElasticRounds, check_elastic
+from lightning_dopt.elastic import ElasticEngine, ElasticRounds
+from lightning_dopt.elastic_plans import check_elastic
 from lightning_dopt.strategies.checkpoints import copied
 from lightning_dopt.strategies.elastic import LIGHTHOUSE, WORKER, WORKERS
 from lightning_dopt.workers import Workers
@@ -337,6 +341,11 @@ def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert strategy.distributed_sampler_kwargs == {"num_replicas": 4, "rank": 1}
     assert strategy.plan == plans.diloco()
     assert isinstance(strategy.plan.syncs[0].peers, Complete)
+    named = ElasticDiLoCoStrategy(10, codec=Int8(), min_workers=2)
+    assert (named.plan, named.min_workers) == (plans.diloco(10, codec=Int8()), 2)
+    assert isinstance(StrategyRegistry.get("elastic_diloco"), ElasticDiLoCoStrategy)
+    with pytest.raises(ValueError, match="every worker is a run of its own"):
+        Trainer(strategy=strategy, devices=2, accelerator="cpu", logger=False)
 
 
 # ---------------------------------------------------------------------- dopt workers

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from trainer_tools import Regressor, adam, flat, on_ranks, quiet, regression, trainer
 
 from lightning_dopt import ElasticStrategy, Int8, ReplicaStrategy, plans
@@ -93,8 +94,26 @@ def work(
     torch.save(flat(module), folder / f"{worker}.pt")
 
 
+def save_and_resume(folder: Path, address: str, worker: int, first: int, steps: int) -> None:
+    """One worker that validates and checkpoints, or goes on from the last checkpoint."""
+    os.environ["DOPT_HOST"] = "localhost"
+    quiet()
+    module = Regressor(seed=worker)  # SGD: no state that would be a worker's own
+    points = ModelCheckpoint(folder, filename="last", every_n_train_steps=5, enable_version_counter=False)
+    t = trainer(
+        ElasticStrategy(plans.diloco(5), 2, worker, address),
+        1,
+        max_steps=steps,
+        callbacks=[points, Note(folder / f"{first}-{worker}.log")],
+        val_check_interval=5,
+        check_val_every_n_epoch=None,
+    )
+    t.fit(module, regression(64, shuffle=True), regression(16, seed=3), ckpt_path="last" if first else None)
+    torch.save((flat(module), float(t.callback_metrics["val_loss"])), folder / f"{first}-{worker}.pt")
+
+
 def begin(*args: Any, **options: Any) -> Any:
-    process = CONTEXT.Process(target=work, args=args, kwargs=options, daemon=True)
+    process = CONTEXT.Process(target=options.pop("job", work), args=args, kwargs=options, daemon=True)
     process.start()
     return process
 
@@ -125,6 +144,19 @@ def test_while_nobody_dies_it_is_the_plan_itself(name: str, tmp_path: Path, addr
     expected, _ = on_ranks(job)
     for j in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{j}.pt"), expected, rtol=0, atol=1e-6)
+
+
+def test_a_run_whose_workers_are_all_gone_goes_on_from_the_last_checkpoint(tmp_path: Path, address: str) -> None:
+    (tmp_path / "whole").mkdir()
+    for folder, first, steps in ((tmp_path / "whole", 0, 40), (tmp_path, 0, 20), (tmp_path, 1, 40)):
+        end([begin(folder, address, j, first, steps, job=save_and_resume) for j in range(2)])
+    whole, again = (torch.load(f) for f in (tmp_path / "whole" / "0-0.pt", tmp_path / "1-0.pt"))
+    assert torch.equal(whole[0], again[0])
+    assert whole[1] == again[1]
+    assert read(tmp_path / "1-1.log")[0]["start"] == 20
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)  # an ordinary one, of the anchors
+    weights = torch.cat([w.double().reshape(-1) for w in checkpoint["state_dict"].values()])
+    assert torch.equal(weights, again[0])
 
 
 def test_a_worker_leaves_and_another_joins(tmp_path: Path, address: str) -> None:

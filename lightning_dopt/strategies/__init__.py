@@ -12,6 +12,7 @@ from lightning_dopt.strategies.async_local import AsyncLocalStrategy
 from lightning_dopt.strategies.bilevel import BilevelStrategy, DSOBAStrategy, SparkleStrategy
 from lightning_dopt.strategies.bilevel_module import BilevelModule
 from lightning_dopt.strategies.elastic import ElasticStrategy
+from lightning_dopt.strategies.elastic_diloco import ElasticDiLoCoStrategy
 from lightning_dopt.strategies.named import (
     NAMES,
     CompressedDDPStrategy,
@@ -33,6 +34,7 @@ __all__ = [
     "CompressedDDPStrategy",
     "DSOBAStrategy",
     "DiLoCoStrategy",
+    "ElasticDiLoCoStrategy",
     "ElasticStrategy",
     "GossipStrategy",
     "LoFiStrategy",
@@ -49,11 +51,12 @@ WITHOUT_PLAN = {
     "dsoba": "bilevel: gossip for lower, auxiliary and upper variables of a BilevelModule (D-SOBA)",
     "sparkle": "bilevel: a correction of its own for each variable, exact diffusion by default (SPARKLE)",
     "async_local": "local steps at every rank's own speed, pushed to a hub that answers at once",
+    "elastic_diloco": "DiLoCo whose workers may die, leave and join while the others go on; started by dopt workers",
     "sharded": "FSDP2 with counted messages; its arguments compress them",
     "qsdp": "FSDP2 with unbiased 8-bit weights and gradients",
     "zeropp": "FSDP2 with int8 weights and int4 gradients in blocks, ZeRO++'s qwZ and qgZ",
 }
-"""The names under which ``Trainer(strategy=...)`` knows strategies that follow no plan."""
+"""The names under which ``Trainer(strategy=...)`` knows strategies that follow no plan, or need more than ``Trainer``."""
 
 
 _WITHOUT = {
@@ -65,13 +68,15 @@ _WITHOUT = {
 
 
 def register() -> None:
-    """Make the names known to ``Trainer(strategy=...)``: each as it is and, but for sharded ones, with ``_notebook``."""
+    """Make the names known to ``Trainer(strategy=...)``: each as it is and, but for sharded and elastic ones, with ``_notebook``."""
     for name, cls in (NAMES | _WITHOUT).items():
         text = (cls.__doc__ or "").splitlines()[0]
         if name not in StrategyRegistry:
             StrategyRegistry.register(name, cls, description=text)
         if f"{name}_notebook" not in StrategyRegistry:
             StrategyRegistry.register(f"{name}_notebook", cls, description=f"{text} (notebooks)", start_method="fork")
+    if "elastic_diloco" not in StrategyRegistry:
+        StrategyRegistry.register("elastic_diloco", ElasticDiLoCoStrategy, description=WITHOUT_PLAN["elastic_diloco"])
     for name, codecs in (("sharded", ShardCodecs()), ("qsdp", qsdp()), ("zeropp", zeropp())):
         if name not in StrategyRegistry:
             parts: dict[str, Any] = {"weights": codecs.weights, "gradients": codecs.gradients}

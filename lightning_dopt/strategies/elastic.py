@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,32 +18,19 @@ from lightning_dopt import plans
 from lightning_dopt._checks import check_choice, check_int
 from lightning_dopt.comm import ProcessGroupWorld, SyncError
 from lightning_dopt.comm.elastic import ElasticWorld, Members, TorchftMembers
-from lightning_dopt.elastic import ElasticEngine, ElasticRounds, Missed, check_elastic
+from lightning_dopt.elastic import ElasticEngine, ElasticRounds, Missed
+from lightning_dopt.elastic_plans import check_elastic
 from lightning_dopt.plan import Plan
 from lightning_dopt.strategies import _private, replica_files, start
+from lightning_dopt.strategies.between_batches import AnchorModel, BetweenBatches
 from lightning_dopt.strategies.checkpoints import copied
-from lightning_dopt.strategies.consensus import ConsensusModel
 from lightning_dopt.strategies.replica import ReplicaStrategy
 from lightning_dopt.strategies.rng import rng_state
-from lightning_dopt.strategies.weights import WeightSwap
 
 WORKER, WORKERS, LIGHTHOUSE, HOST = "DOPT_WORKER", "DOPT_WORKERS", "TORCHFT_LIGHTHOUSE", "DOPT_HOST"
 """What ``dopt workers`` tells each worker in its environment."""
 NAP = 0.2
 """Seconds between two looks at who is there at the start."""
-
-
-class AnchorModel(ConsensusModel):
-    """The anchors as one model: what all members share between rounds. Nothing is sent for it."""
-
-    def measure(self) -> None:
-        """Nothing: who would be asked?"""
-
-    def model(self) -> WeightSwap:
-        """The anchors, to be swapped in."""
-        assert isinstance(self.engine, ElasticEngine)
-        with torch.no_grad():
-            return WeightSwap(self.engine, self.engine.anchors())
 
 
 class ElasticStrategy(ReplicaStrategy):
@@ -347,41 +333,6 @@ class ElasticStrategy(ReplicaStrategy):
                 callbacks.remove(self._between)
             self._between = None
         super().teardown()
-
-
-class BetweenBatches(Callback):
-    """Lets the strategy work where a batch has ended and its counters are settled, before all other callbacks."""
-
-    def __init__(self, strategy: ElasticStrategy) -> None:
-        self.strategy = strategy
-        self.ticked = 0
-        self.total = math.inf
-
-    def begin(self, trainer: Any) -> None:
-        """Training starts."""
-        assert self.strategy.engine is not None
-        self.ticked = self.strategy.engine.step
-        if len(trainer.optimizers) == 1:
-            self.total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
-
-    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
-        """A tick, if the batch ended with an optimizer step."""
-        strategy, rounds = self.strategy, self.strategy.rounds
-        engine = rounds.engine
-        if engine.step == self.ticked:
-            return
-        if engine.step > self.ticked + 1:
-            raise ValueError(
-                f"{type(strategy).__name__}: needs at most one step of the clock optimizer per training_step, for rounds are "
-                "between batches"
-            )
-        rounds.tick()
-        self.ticked = engine.step
-        if engine.step >= self.total and trainer.global_step < engine.step:  # it was late, and the others are done
-            trainer.should_stop = True
-        members = float(rounds.world.size)
-        pl_module.log("comm/workers", members, on_step=True, on_epoch=False)
-        pl_module.log("comm/lost_rounds", float(rounds.lost), on_step=True, on_epoch=False)
 
 
 class _Nobody:
