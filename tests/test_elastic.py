@@ -397,3 +397,27 @@ def test_workers_are_given_up_after_a_while() -> None:
 def test_bad_command_lines(words: list[str], message: str) -> None:
     with pytest.raises(BadInputError, match=f"^[^\\n]*{message}[^\\n]*$"):
         workers_command(words)
+
+
+def test_shared_codec_state_is_taken_over_and_own_memories_are_not() -> None:
+    """Warm starts must be equal on all members, or their sums mean nothing; residuals are a worker's own."""
+    plan = plans.diloco(1, codec=ErrorFeedback(LowRank(1)))
+    engines = []
+    for seed in range(2):
+        x = torch.zeros(8, 8, requires_grad=True)
+        world = ElasticWorld(Threads(Table(), 0, [{"there": [0]}], 0))
+        engine = ElasticEngine(plan, {"x": x}, world)
+        rounds = ElasticRounds(engine, world, "keep", lambda: None, lambda line: None)
+        with torch.no_grad():
+            x.add_(torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)))
+        engine.run(engine.after_step())
+        rounds.tick()
+        engines.append(engine)
+    theirs, mine = (engine.runners[0].lanes[0].channel for engine in engines)
+    residual = mine.memory_state["residual"].clone()
+    assert theirs.codec_state
+    assert not all(torch.equal(theirs.codec_state[k], mine.codec_state[k]) for k in theirs.codec_state)
+    engines[1].adopt(copied(engines[0].state_dict()), "restore")
+    assert all(torch.equal(theirs.codec_state[k], mine.codec_state[k]) for k in theirs.codec_state)
+    assert torch.equal(mine.memory_state["residual"], residual)
+    assert not torch.equal(theirs.memory_state["residual"], residual)

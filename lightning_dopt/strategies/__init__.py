@@ -68,7 +68,7 @@ _WITHOUT = {
 
 
 def register() -> None:
-    """Make the names known to ``Trainer(strategy=...)``: each as it is and, but for sharded and elastic ones, with ``_notebook``."""
+    """Make the names known to ``Trainer(strategy=...)``: each as it is, and most with ``_notebook`` behind them, too."""
     for name, cls in (NAMES | _WITHOUT).items():
         text = (cls.__doc__ or "").splitlines()[0]
         if name not in StrategyRegistry:
