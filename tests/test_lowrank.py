@@ -252,17 +252,19 @@ def test_what_is_kept_for_backward():
     assert grown["none"] > 3 * grown["checkpoint"] / 2 > 6 * grown["inverse"] / 2
 
 
-def test_nothing_stays_alive_after_a_step():
-    model = crnet(5, recompute="inverse", segment=2)
-    seen: list[weakref.ref] = []
+@pytest.mark.parametrize(("recompute", "stored"), [("inverse", [2, 4]), ("forward", [0, 2])])
+def test_outputs_live_only_where_they_are_needed(recompute: str, stored: list[int]):
+    model = crnet(5, recompute=recompute, segment=2)
+    seen: list[tuple[int, weakref.ref]] = []
     for k in range(5):
         for module in layers(model, k):
-            module.register_forward_hook(lambda m, i, y: seen.append(weakref.ref(y.untyped_storage())))
+            module.register_forward_hook(lambda m, i, y, k=k: seen.append((k, weakref.ref(y.untyped_storage()))))
     loss = model._loss(TOKENS)
+    assert [k for k, ref in seen if ref() is not None] == [k for k in stored for _ in NAMES]
     loss.backward()
     del loss
     assert len(seen) > 5 * 4  # each block ran twice
-    assert all(ref() is None for ref in seen)
+    assert all(ref() is None for _, ref in seen)
 
 
 ERRORS = {  # going back through eight coefficients, measured on products of random matrices

@@ -35,8 +35,7 @@ class CRNet(Method):
     ``beta - epsilon``. Biases stay with their layers. Norms, embeddings and heads are left as they are.
 
     ``W_1`` keeps the weights it has. ``A`` and ``B`` are normal with variance ``1 / (sqrt(rank) sqrt(in + out))``, and
-    ``beta`` starts at 1: the paper's own initial values are not known to us; from 0.1 training stays as weak as without
-    the cross-layer term.
+    ``beta`` starts at 1; the paper's own initial values are not known to us.
 
     Recomputation trades computing for the memory of activations:
 
@@ -58,7 +57,7 @@ class CRNet(Method):
         beta: Start of all ``beta``.
         learn_beta: Train them; otherwise they are buffers.
         epsilon: Keeps ``c`` away from zero.
-        first_dense: Without, the first block is of low rank, too, which costs much accuracy.
+        first_dense: Without, the first block is of low rank, too, which the paper advises against.
         recompute: See above.
         segment: Blocks from one stored output to the next.
         tolerance: Largest relative error that recovered outputs may be expected to have under ``"inverse"``.
