@@ -119,6 +119,32 @@ def test_three_ranks_equal_the_simulation() -> None:
             assert {"lower_loss", "upper_loss", "comm/bytes/auxiliary/parameters", "comm/stall_s"} <= set(logged)
 
 
+class Norm(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5, affine=False).double()
+
+    def lower_loss(self, batch: tuple[Tensor]) -> Tensor:
+        return super().lower_loss(batch) + 0.1 * self.norm(batch[0] + self.y).square().mean()
+
+
+def buffers(rank: int) -> list[Tensor]:
+    found = []
+    for policy in ("average", "local"):
+        module = Norm()
+        strategy = BilevelStrategy(bilevel.soba(), evaluate="local", buffers=policy)
+        fitted(strategy, module, loaders(), max_epochs=1, max_steps=3)
+        assert int(module.norm.num_batches_tracked) == 3  # once per step
+        found.append(module.norm.running_mean.clone())
+    return found
+
+
+def test_buffers_are_averaged_with_the_lower_level() -> None:
+    (average, local), (other, other_local) = on_ranks(buffers)
+    assert torch.allclose(average, other, atol=1e-12)
+    assert not torch.allclose(local, other_local, atol=1e-6)
+
+
 def overflow(rank: int) -> str:
     with pytest.raises((FloatingPointError, SyncError)) as caught:
         fitted(SparkleStrategy(timeout=timedelta(seconds=20)), Overflows(only=1), loaders())

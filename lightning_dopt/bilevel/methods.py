@@ -5,10 +5,12 @@ from __future__ import annotations
 from lightning_dopt._checks import check_float, check_int
 from lightning_dopt.bilevel.curvature import Difference, Order
 from lightning_dopt.bilevel.level import Level, LevelName, level_of
-from lightning_dopt.bilevel.plan import BilevelPlan, Sweep
+from lightning_dopt.bilevel.plan import LEVELS, BilevelPlan, Sweep, check_directions
 from lightning_dopt.compress.base import Codec
 from lightning_dopt.topology import Complete
 from lightning_dopt.topology.base import Topology
+
+_DSGD = dict.fromkeys(LEVELS, Level("dsgd"))
 
 
 def dsoba(
@@ -46,7 +48,7 @@ def dsoba(
     """
     return _made(
         "dsoba",
-        dict.fromkeys(("lower", "auxiliary", "upper"), Level("dsgd")),
+        _DSGD,
         topology,
         theta,
         codec,
@@ -112,7 +114,8 @@ def soba(theta: float = 0.3, order: Order = "second", auxiliary_lr: float | None
     Source: Dagréou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic and global variance
     reduction algorithms", arXiv 2201.13409.
     """
-    return dsoba(Complete(), order, theta, auxiliary_lr=auxiliary_lr)
+    numbers: tuple[Order, Sweep, float, Difference] = (order, "gauss_seidel", 1e-2, "central")
+    return _made("soba", _DSGD, Complete(), theta, None, 1, numbers, auxiliary_lr)
 
 
 def double_loop(
@@ -170,6 +173,7 @@ def _made(
 ) -> BilevelPlan:
     check_float(owner, "theta", theta, 0.0, 1.0, open_low=True)
     check_int(owner, "sync_every", sync_every, 1)
+    check_directions(owner, *numbers, auxiliary_lr)
     plans = {
         name: level.plan(owner, name, topology, codec, sync_every, theta if name == "upper" else 1.0)
         for name, level in levels.items()

@@ -54,18 +54,14 @@ class BilevelPlan(Plan):
         super().__init__()
         name = type(self).__name__
         self.lower, self.auxiliary, self.upper = lower, auxiliary, upper
-        check_choice(name, "order", order, get_args(Order))
-        check_choice(name, "sweep", sweep, get_args(Sweep))
-        check_choice(name, "difference", difference, get_args(Difference))
+        check_directions(name, order, sweep, delta, difference, auxiliary_lr)
         self.order: Order = order
         self.sweep: Sweep = sweep
         self.difference: Difference = difference
-        self.delta = check_float(name, "delta", delta, 0.0, open_low=True, open_high=True)
+        self.delta = float(delta)
         self.lower_steps = check_int(name, "lower_steps", lower_steps, 1)
         self.auxiliary_steps = check_int(name, "auxiliary_steps", auxiliary_steps, 1)
         self.auxiliary_lr = auxiliary_lr
-        if auxiliary_lr is not None:
-            check_float(name, "auxiliary_lr", auxiliary_lr, 0.0, open_low=True, open_high=True)
         if sweep == "jacobi" and (lower_steps, auxiliary_steps) != (1, 1):
             raise ValueError(
                 f"{name}(sweep='jacobi', lower_steps={lower_steps}, auxiliary_steps={auxiliary_steps}): takes one step of each"
@@ -113,3 +109,19 @@ class BilevelPlan(Plan):
                     f"{level} level: {peers!r} with {n} workers keeps a weighted mean; bilevel methods need a doubly stochastic "
                     "topology"
                 )
+
+
+def check_directions(
+    owner: str, order: Order, sweep: Sweep, delta: float, difference: Difference, auxiliary_lr: float | None
+) -> None:
+    """Check how directions are computed, under the name of who asks.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    check_choice(owner, "order", order, get_args(Order))
+    check_choice(owner, "sweep", sweep, get_args(Sweep))
+    check_choice(owner, "difference", difference, get_args(Difference))
+    check_float(owner, "delta", delta, 0.0, open_low=True, open_high=True)
+    if auxiliary_lr is not None:
+        check_float(owner, "auxiliary_lr", auxiliary_lr, 0.0, open_low=True, open_high=True)
