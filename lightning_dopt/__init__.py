@@ -1,6 +1,6 @@
 """Decentralized and communication-efficient training for PyTorch Lightning."""
 
-from lightning_dopt import bilevel, compress, optim, outer, plans, sharded, topology
+from lightning_dopt import bilevel, compress, optim, outer, pipeline, plans, sharded, topology
 from lightning_dopt.apply import Blocking, Delay, Lerp, OneRound, Rebase, Replace
 from lightning_dopt.combine import (
     Chebyshev,
@@ -200,6 +200,7 @@ __all__ = [  # noqa: RUF022
     "compress",
     "optim",
     "outer",
+    "pipeline",
     "plans",
     "sharded",
     "topology",

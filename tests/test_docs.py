@@ -27,6 +27,7 @@ from lightning_dopt import (
     local,
     lowrank,
     outer,
+    pipeline,
     plans,
     sharded,
     topology,
@@ -144,7 +145,7 @@ def test_every_page_is_in_the_menu() -> None:
 def public() -> set[str]:
     top = {k for k, v in vars(lightning_dopt).items() if not k.startswith("_") and not isinstance(v, ModuleType)}
     parts = {k for k, v in vars(outer).items() if isinstance(v, type) and v.__module__ == outer.__name__}
-    modules = (topology, compress, plans, combine, local, callbacks, asynchronous, sharded, lowrank, bilevel)
+    modules = (topology, compress, plans, combine, local, callbacks, asynchronous, sharded, lowrank, bilevel, pipeline)
     return top | parts | {name for module in modules for name in module.__all__}
 
 
