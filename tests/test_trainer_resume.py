@@ -185,3 +185,12 @@ def test_resume_within_a_window_of_accumulation(tmp_path: Path) -> None:
             assert torch.equal(end, again)
 
     on_ranks(job)
+
+
+def test_the_training_data_can_be_looked_at_after_the_fit() -> None:
+    def job(rank: int) -> int:
+        fitter = trainer(ReplicaStrategy(plan=plans.local_sgd(2)), max_steps=3)
+        fitter.fit(Regressor(), regression())
+        return sum(1 for _ in fitter.train_dataloader)  # type: ignore[union-attr]
+
+    assert on_ranks(job) == [4, 4]

@@ -63,7 +63,8 @@ class ReplicaStrategy(Collectives):
             would have taken so far (measured computing, modelled messages), ``comm/link_stall_s`` how much of it is waiting.
             ``Sync(transport="auto")`` takes what is faster over it.
             A rank's clock knows its own messages only: where ranks are equally fast and send equally much in each round it
-            gives the time of ``Simulation``, elsewhere it does not wait for a late peer.
+            gives the time of ``Simulation``, elsewhere it does not wait for a late peer. Syncs with ``transport="auto"`` take the
+            way that is faster over this link.
         link_step_seconds: Seconds of computing per optimizer step for that clock, as ``step_seconds`` of ``Simulation``;
             then ``comm/link_s`` depends on the plan and the model only. ``None`` measures them.
         timeout: How long a rank waits for others before it gives up.

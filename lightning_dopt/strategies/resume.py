@@ -127,9 +127,9 @@ class ExactResume:
         self._trainer = self._held = None
 
     def _start(self, loader: SeededLoader) -> Start:
-        assert self._trainer is not None
-        loaders = loops.training_loaders(self._trainer)
-        assert loaders is not None
+        loaders = loops.training_loaders(self._trainer) if self._trainer is not None else None
+        if self._trainer is None or loaders is None:
+            return _unnoticed(loader)  # somebody looks at the data when training is over
         places = [i for i, other in enumerate(loaders) if other is loader]
         if not places:
             return _unnoticed(loader)  # Lightning may set up validation while its stage still is training
