@@ -12,9 +12,7 @@ from torch import Tensor
 from lightning_dopt._checks import check_int
 from lightning_dopt._random import key
 from lightning_dopt.apply import OneRound
-from lightning_dopt.comm.seal import digest
 from lightning_dopt.comm.world import Pending, Talk, World
-from lightning_dopt.compress._wire import as_bytes
 from lightning_dopt.distance import sketched_distance
 from lightning_dopt.gradient_runner import GradientRunner
 from lightning_dopt.local.base import Context
@@ -472,27 +470,9 @@ class Engine:
     def _compare(self, step: int) -> Talk[None]:
         """See :class:`~lightning_dopt.Plan`: whether the parameters of all ranks are equal to the last bit."""
         label = next(g.runner.label for runners in self.gradients for g in runners)
-        table = torch.zeros(self.world.size, 4, device=self.flat.lanes[0].live.device)
-        table[self.world.rank] = self._digest()
-        self._check_equal((yield self.world.all_reduce(table, label, overhead=True)), step)
-
-    def _digest(self) -> Tensor:
-        """64 bits of the parameters whose gradients are averaged, as four whole numbers that float32 and sums keep."""
         chosen = {n for s in self.plan if s.what.slot == "gradients" for n in self._selected(s)}
         lanes = self.flat.select([n for n in self.parameters if n in chosen])
-        total = torch.stack([digest(as_bytes(lane.live.detach()), k) for k, lane in enumerate(lanes)])
-        words = digest(total.view(torch.uint8)).view(1).view(torch.uint8).to(torch.float32)
-        return words[0::2] + 256.0 * words[1::2]
-
-    def _check_equal(self, table: Tensor, step: int) -> None:
-        found = [tuple(row) for row in table.tolist()]
-        usual = max(found, key=found.count)  # of several the one of the lowest rank
-        others = [str(rank) for rank, own in enumerate(found) if own != usual]
-        if others:
-            raise RuntimeError(
-                f"step {step}: the parameters of rank(s) {', '.join(others)} are not those of rank {found.index(usual)}, although "
-                "this plan keeps replicas equal; start from a checkpoint, and look for what these ranks do differently"
-            )
+        yield from compare(lanes, self.world, label, step)
 
     def _tick(self, runner: SyncRunner, step: int) -> Talk[None]:
         due, order = self._due(runner.sync, step), getattr(runner.sync.apply, "order", "atc")

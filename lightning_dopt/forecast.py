@@ -17,7 +17,8 @@ from lightning_dopt.comm.ledger import Ledger, all_gather_bytes, all_reduce_byte
 from lightning_dopt.comm.link import Link, LinkClock, one_per_rank, slowest
 from lightning_dopt.comm.world import Pending, Talk, World
 from lightning_dopt.engine import Engine
-from lightning_dopt.exchange import Channel, Flight
+from lightning_dopt.exchange import Channel
+from lightning_dopt.flight import Flight
 from lightning_dopt.local.base import BoundCorrection
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.runners import LaneRunner, SyncRunner

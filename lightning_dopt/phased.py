@@ -10,7 +10,8 @@ from lightning_dopt.comm.world import World
 from lightning_dopt.compress.base import Compressor
 from lightning_dopt.compress.memory import as_compressor
 from lightning_dopt.compress.phases import Phases
-from lightning_dopt.exchange import Channel, Flight
+from lightning_dopt.exchange import Channel
+from lightning_dopt.flight import Flight
 from lightning_dopt.plan import Sync
 from lightning_dopt.slots import Lane
 

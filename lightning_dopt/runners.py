@@ -12,7 +12,8 @@ from lightning_dopt.apply import Blocking, OneRound
 from lightning_dopt.comm.world import SyncError, Talk
 from lightning_dopt.compress import Identity
 from lightning_dopt.compress.memory import Memory
-from lightning_dopt.exchange import Channel, Flight
+from lightning_dopt.exchange import Channel
+from lightning_dopt.flight import Flight
 from lightning_dopt.local.base import BoundCorrection
 from lightning_dopt.packed import Packed
 from lightning_dopt.plan import Sync
