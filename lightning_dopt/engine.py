@@ -14,6 +14,7 @@ from lightning_dopt._random import key
 from lightning_dopt.apply import OneRound
 from lightning_dopt.comm.world import Pending, Talk, World
 from lightning_dopt.distance import sketched_distance
+from lightning_dopt.equality import compare
 from lightning_dopt.gradient_runner import GradientRunner
 from lightning_dopt.local.base import Context
 from lightning_dopt.lost_peers import check_links
