@@ -336,3 +336,19 @@ def test_weight_averaging_callback() -> None:
     assert len(said) == 1
     assert "rank 0's average" in said[0]
     assert unsaid == []
+
+
+class TwoSets(Regressor):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log(f"val_{dataloader_idx}", self.loss(batch), sync_dist=True, add_dataloader_idx=False)
+
+
+def test_several_validation_sets_log_one_distance() -> None:
+    def job(rank: int) -> dict[str, float]:
+        made = trainer(ReplicaStrategy(), max_epochs=1)
+        made.fit(TwoSets(), regression(), [regression(seed=1, samples=8), regression(seed=2, batch=3)])
+        return {name: float(value) for name, value in made.callback_metrics.items()}
+
+    for metrics in on_ranks(job):
+        assert metrics["consensus/distance"] > 0
+        assert {"val_0", "val_1"} <= set(metrics)
