@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from lightning_dopt.pipeline.batches import cut_batch
 from lightning_dopt.pipeline.checker import Report, check
+from lightning_dopt.pipeline.cut import Stage, cut
+from lightning_dopt.pipeline.lazy import LazyClock, LazyLoader
+from lightning_dopt.pipeline.links import AQSGD, Clapping, Direct, Link
+from lightning_dopt.pipeline.pipeline import Pipeline, SimulatedPipeline
 from lightning_dopt.pipeline.program import Action, Program
 from lightning_dopt.pipeline.schedules import bitpipe, gpipe, interleaved, make_program, one_f_one_b
 from lightning_dopt.pipeline.timeline import timeline
 
 __all__ = [
+    "AQSGD",
     "Action",
+    "Clapping",
+    "Direct",
+    "LazyClock",
+    "LazyLoader",
+    "Link",
+    "Pipeline",
     "Program",
     "Report",
+    "SimulatedPipeline",
+    "Stage",
     "bitpipe",
     "check",
+    "cut",
+    "cut_batch",
     "gpipe",
     "interleaved",
     "make_program",

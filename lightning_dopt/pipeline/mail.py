@@ -1,0 +1,207 @@
+"""How messages get from rank to rank: between processes, or between the ranks of one process."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Generator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_dopt.comm import Ledger, SyncError
+from lightning_dopt.comm.process_group import no_answer
+
+T = TypeVar("T")
+
+
+class Letter(ABC):
+    """A message that is expected."""
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether it can be taken without waiting."""
+
+    @abstractmethod
+    def wait(self) -> Tensor:
+        """The message.
+
+        Raises:
+            SyncError: It did not come.
+        """
+
+
+Talk = Generator[Letter, Tensor, T]
+"""Code that yields each letter it needs and is sent the message."""
+
+
+class Mail(ABC):
+    """A rank's way to send tensors to, and get them from, the other ranks of its pipeline."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.ledger = Ledger()
+        self.step = 0
+        """The optimizer step, for messages of errors."""
+
+    @abstractmethod
+    def post(self, peer: int, tag: int, tensor: Tensor, label: str) -> None:
+        """Send without waiting; the tensor must not change any more."""
+
+    @abstractmethod
+    def expect(self, peer: int, tag: int, box: Tensor, label: str) -> Letter:
+        """A message of known size, to be put into ``box``."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait until all that was posted has left.
+
+        Raises:
+            SyncError: A receiver is gone.
+        """
+
+
+class _Box(Letter):
+    def __init__(self, queue: deque[Tensor], box: Tensor) -> None:
+        self.queue, self.box = queue, box
+
+    def ready(self) -> bool:
+        return bool(self.queue)
+
+    def wait(self) -> Tensor:
+        return self.box.copy_(self.queue.popleft())
+
+
+class LocalMail(Mail):
+    """All ranks in one process; make them with :meth:`create` and run them with :func:`take_turns`."""
+
+    def __init__(self, rank: int, size: int, queues: defaultdict[tuple[int, int, int], deque[Tensor]]) -> None:
+        super().__init__(rank, size)
+        self.queues = queues
+
+    @classmethod
+    def create(cls, size: int) -> list[LocalMail]:
+        """Mail of ``size`` ranks that can write to each other."""
+        queues: defaultdict[tuple[int, int, int], deque[Tensor]] = defaultdict(deque)
+        return [cls(rank, size, queues) for rank in range(size)]
+
+    def post(self, peer: int, tag: int, tensor: Tensor, label: str) -> None:
+        """See :meth:`Mail.post`."""
+        self.ledger.sent(label, tensor.nbytes)
+        self.queues[self.rank, peer, tag].append(tensor.clone())
+
+    def expect(self, peer: int, tag: int, box: Tensor, label: str) -> Letter:
+        """See :meth:`Mail.expect`."""
+        return _Box(self.queues[peer, self.rank, tag], box)
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+
+class _Work(Letter):
+    def __init__(self, mail: ProcessMail, work: Any, box: Tensor, peer: int, label: str) -> None:
+        self.mail, self.work, self.box, self.peer, self.label = mail, work, box, peer, label
+
+    def ready(self) -> bool:
+        return False  # never asked: a process waits
+
+    def wait(self) -> Tensor:
+        self.mail.wait(self.work, self.peer, self.label)
+        return self.box
+
+
+class ProcessMail(Mail):
+    """One rank per process, over ``torch.distributed``. Creating it is collective.
+
+    Args:
+        timeout: How long a rank waits for another one before it gives up.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialized.
+        ValueError: Its backend is not gloo. (Over NCCL messages have no tags; nothing here has run on it.)
+    """
+
+    def __init__(self, timeout: timedelta = timedelta(minutes=30)) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("Pipeline: call torch.distributed.init_process_group first")
+        if "gloo" not in str(dist.get_backend()):
+            raise ValueError(f"Pipeline(backend={dist.get_backend()!r}): only 'gloo' is supported")
+        super().__init__(dist.get_rank(), dist.get_world_size())
+        group = dist.new_group(timeout=timeout, backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)  # every rank belongs to it
+        self.group = group
+        self._sends: list[tuple[Any, Tensor, int, str]] = []
+
+    def post(self, peer: int, tag: int, tensor: Tensor, label: str) -> None:
+        """See :meth:`Mail.post`."""
+        self.ledger.sent(label, tensor.nbytes)
+        try:
+            work = dist.isend(tensor, peer, group=self.group, tag=tag)
+        except (RuntimeError, dist.DistError) as error:
+            raise self._gave_up(peer, label, 0.0, error) from error
+        self._sends.append((work, tensor, peer, label))  # the tensor must live until it has left
+
+    def expect(self, peer: int, tag: int, box: Tensor, label: str) -> Letter:
+        """See :meth:`Mail.expect`."""
+        try:
+            return _Work(self, dist.irecv(box, peer, group=self.group, tag=tag), box, peer, label)
+        except (RuntimeError, dist.DistError) as error:
+            raise self._gave_up(peer, label, 0.0, error) from error
+
+    def wait(self, work: Any, peer: int, label: str) -> None:
+        """Wait for one transfer.
+
+        Raises:
+            SyncError: It failed, or took longer than the timeout.
+        """
+        start = time.perf_counter()
+        try:
+            work.wait()
+        except (RuntimeError, dist.DistError) as error:
+            raise self._gave_up(peer, label, time.perf_counter() - start, error) from error
+        self.ledger.stalled(label, time.perf_counter() - start)
+
+    def finish(self) -> None:
+        """See :meth:`Mail.finish`."""
+        sends, self._sends = self._sends, []
+        for work, _, peer, label in sends:
+            self.wait(work, peer, label)
+
+    def _gave_up(self, peer: int, label: str, waited: float, error: Exception) -> SyncError:
+        return SyncError(no_answer(self.rank, self.step, f"pipeline, {label}", f"rank {peer}", waited, error))
+
+
+def run(talk: Talk[T]) -> T:
+    """Run the code of one process, which waits for each of its letters."""
+    try:
+        letter = next(talk)
+        while True:
+            letter = talk.send(letter.wait())
+    except StopIteration as stop:
+        return stop.value
+
+
+def take_turns(talks: Sequence[Talk[T]]) -> list[T]:
+    """Run the code of all ranks in one process, each until it must wait for a letter that is not there yet.
+
+    Raises:
+        SyncError: All wait.
+    """
+    results: dict[int, T] = {}
+    waiting: dict[int, Letter | None] = dict.fromkeys(range(len(talks)))
+    while waiting:
+        moved = False
+        for k, letter in list(waiting.items()):
+            try:
+                while letter is None or letter.ready():
+                    moved = True
+                    letter = waiting[k] = next(talks[k]) if letter is None else talks[k].send(letter.wait())
+            except StopIteration as stop:
+                results[k] = stop.value
+                del waiting[k]
+        if not moved:
+            raise SyncError(f"ranks {', '.join(map(str, waiting))} wait for each other")
+    return [results[k] for k in range(len(talks))]

@@ -1,0 +1,230 @@
+"""Pipelines to train with: one rank of real processes, or all ranks in one process."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_dopt.comm import Ledger
+from lightning_dopt.pipeline.checker import Report, check
+from lightning_dopt.pipeline.links import Link
+from lightning_dopt.pipeline.mail import LocalMail, Mail, ProcessMail, run, take_turns
+from lightning_dopt.pipeline.program import Program
+from lightning_dopt.pipeline.runner import Loss, Runner, stages_of
+
+
+def first_of(part: Any) -> Tensor:
+    """The first entry of a part of the batch, such as ``x`` of ``(x, y)``."""
+    first: Tensor = part[0]
+    return first
+
+
+class _Pipeline(ABC):
+    """What both kinds of pipelines have in common."""
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        program: Program,
+        loss: Loss,
+        inputs: Callable[[Any], Tensor],
+        activation_link: Link | None,
+        gradient_link: Link | None,
+        seed: int,
+        mails: Sequence[Mail],
+    ) -> None:
+        owner = type(self).__name__
+        if len(stages) != program.stages:
+            raise ValueError(f"{owner}(stages=<{len(stages)}>): '{program.name}' has {program.stages} stages")
+        for name, link in (("activation_link", activation_link), ("gradient_link", gradient_link)):
+            if link is not None and not isinstance(link, Link):
+                raise ValueError(f"{owner}({name}={link!r}): must be a link such as Direct(codec), or None")
+        self.links = [link for link in (activation_link, gradient_link) if link is not None]
+        if any(link.repeats for link in self.links):
+            _check_repeatable(owner, stages)
+        self.program = program
+        self.report: Report = check(program)
+        self.runners = [
+            Runner(program, self._held(mail.rank, stages), loss, inputs, mail, activation_link, gradient_link, seed)
+            for mail in mails
+        ]
+
+    @abstractmethod
+    def _held(self, rank: int, stages: Sequence[nn.Module]) -> Mapping[tuple[int, int], nn.Module]:
+        """The modules of a rank by pipe and stage."""
+
+    @abstractmethod
+    def step(self, batch: Any, fresh: bool = True, samples: Tensor | None = None) -> Tensor:
+        """Forward and backward of one batch; adds to the gradients of the parameters, as ``loss.backward()`` does.
+
+        Args:
+            batch: The batch, the same on all ranks: tensors with one first dimension, nested in tuples, lists and
+                dictionaries. Micro-batches of unequal size count by their samples.
+            fresh: Whether it is a new batch, and not that of the last step again (for ``Clapping``).
+            samples: The number in the data set of each sample, for ``AQSGD``, shape (batch,).
+
+        Returns:
+            The mean loss of the batch, float64, on all ranks.
+
+        Raises:
+            ValueError: The batch has fewer samples than there are micro-batches, or ``samples`` are missing.
+            SyncError: Another rank is gone; the line says which one.
+        """
+
+    @abstractmethod
+    def evaluate(self, batch: Any) -> Tensor:
+        """The mean loss of a batch without gradients; links are passed by, and their memories stay as they are."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that are trained here; of a bidirectional schedule in one process, both copies of each."""
+        for runner in self.runners:
+            for held in sorted(runner.stages):
+                yield from runner.stages[held].parameters()
+
+    def _check_samples(self, samples: Tensor | None) -> None:
+        if samples is None and any(link.by_sample for link in self.links):
+            raise ValueError("AQSGD: needs the number in the data set of every sample, step(..., samples=...)")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps taken and the memories of the links, of every rank that is here."""
+        return {
+            str(r.mail.rank): {
+                "step": r.step,
+                "memories": {k: {i: t.clone() for i, t in memory.items()} for k, memory in r.memories.items()},
+                "specs": dict(r.specs),
+            }
+            for r in self.runners
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of the same rank."""
+        for runner in self.runners:
+            mine = state[str(runner.mail.rank)]
+            runner.step = mine["step"]
+            runner.memories = {k: {i: t.clone() for i, t in memory.items()} for k, memory in mine["memories"].items()}
+            runner.specs = dict(mine["specs"])
+
+
+class Pipeline(_Pipeline):
+    """A pipeline over the processes of ``torch.distributed`` (gloo), one rank in each. Making it is collective.
+
+    Args:
+        stages: All stages of the model (see :func:`~lightning_dopt.pipeline.cut`), with equal weights on all ranks. Those
+            of this rank are trained, the others not used.
+        program: What every rank does; it is checked.
+        loss: ``loss(output, part)``: the mean loss over the samples of a part of the batch.
+        inputs: ``inputs(part)``: what the model is given; by default the first entry of the part.
+        activation_link: What happens to activations on their way; ``None`` sends them as they are.
+        gradient_link: What happens to the gradients of activations.
+        seed: Seed of codecs that draw random numbers, the same on all ranks.
+        timeout: How long a rank waits for another one before it gives up.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialized.
+        ValueError: The number of stages or ranks does not fit the program, the program is wrong, dropout together with a link
+            that relies on repeated batches, or the backend is not gloo.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        program: Program,
+        loss: Loss,
+        inputs: Callable[[Any], Tensor] = first_of,
+        activation_link: Link | None = None,
+        gradient_link: Link | None = None,
+        seed: int = 0,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        mail = ProcessMail(timeout)
+        if mail.size != program.ranks:
+            raise ValueError(f"Pipeline(program=<'{program.name}' on {program.ranks} ranks>): there are {mail.size}")
+        super().__init__(stages, program, loss, inputs, activation_link, gradient_link, seed, [mail])
+
+    def _held(self, rank: int, stages: Sequence[nn.Module]) -> Mapping[tuple[int, int], nn.Module]:
+        return stages_of(self.program, rank, stages)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Bytes that this rank sent, and seconds that it waited."""
+        return self.runners[0].mail.ledger
+
+    def step(self, batch: Any, fresh: bool = True, samples: Tensor | None = None) -> Tensor:
+        """See :meth:`SimulatedPipeline.step`."""
+        self._check_samples(samples)
+        return run(self.runners[0].train(batch, fresh, samples))
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """See :meth:`SimulatedPipeline.evaluate`."""
+        return run(self.runners[0].evaluate(batch))
+
+
+class SimulatedPipeline(_Pipeline):
+    """All ranks of a pipeline in one process, with the runtime and the messages of real ones.
+
+    For tests and for studies of accuracy: what a link does to training does not depend on where the ranks are. The
+    arguments are those of :class:`Pipeline`. The stages are trained themselves; the second pipe of a bidirectional
+    schedule has a copy of them, and both copies get equal gradients.
+
+    Args:
+        stages: All stages of the model.
+        program: What every rank does; it is checked.
+        loss: ``loss(output, part)``: the mean loss over the samples of a part of the batch.
+        inputs: ``inputs(part)``: what the model is given; by default the first entry of the part.
+        activation_link: What happens to activations on their way; ``None`` sends them as they are.
+        gradient_link: What happens to the gradients of activations.
+        seed: Seed of codecs that draw random numbers.
+
+    Raises:
+        ValueError: The number of stages does not fit the program, the program is wrong, or dropout together with a
+            link that relies on repeated batches.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        program: Program,
+        loss: Loss,
+        inputs: Callable[[Any], Tensor] = first_of,
+        activation_link: Link | None = None,
+        gradient_link: Link | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._copies = [copy.deepcopy(stage) for stage in stages] if len(program.placement) > 1 else []
+        mails = LocalMail.create(program.ranks)
+        super().__init__(stages, program, loss, inputs, activation_link, gradient_link, seed, mails)
+
+    def _held(self, rank: int, stages: Sequence[nn.Module]) -> Mapping[tuple[int, int], nn.Module]:
+        return {(pipe, stage): (self._copies if pipe else stages)[stage] for pipe, stage in self.program.held(rank)}
+
+    @property
+    def ledgers(self) -> list[Ledger]:
+        """Bytes that each rank sent."""
+        return [runner.mail.ledger for runner in self.runners]
+
+    def step(self, batch: Any, fresh: bool = True, samples: Tensor | None = None) -> Tensor:
+        """See :meth:`Pipeline.step`."""
+        self._check_samples(samples)
+        return take_turns([runner.train(batch, fresh, samples) for runner in self.runners])[0]
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """See :meth:`Pipeline.evaluate`."""
+        return take_turns([runner.evaluate(batch) for runner in self.runners])[0]
+
+
+def _check_repeatable(owner: str, stages: Sequence[nn.Module]) -> None:
+    """A batch that is used again must give nearly the same activations."""
+    for k, stage in enumerate(stages):
+        for name, module in stage.named_modules():
+            rate = getattr(module, "p", 0.0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
+            rate = rate or getattr(module, "drop_prob", 0.0) or 0.0
+            if rate > 0.0:
+                raise ValueError(
+                    f"{owner}(activation_link=Clapping): '{name}' of stage {k} is {type(module).__name__} with rate {rate}; "
+                    "its mask would change while a batch is used again, set the rate to 0"
+                )

@@ -1,0 +1,264 @@
+"""One rank's part of a pipeline: it walks through its program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dopt._random import key
+from lightning_dopt.compress._wire import as_bytes, section
+from lightning_dopt.pipeline.batches import cut_batch, tensors
+from lightning_dopt.pipeline.checker import message_of
+from lightning_dopt.pipeline.links import Link, Memory, Note, Plain, Spec
+from lightning_dopt.pipeline.mail import Mail, Talk
+from lightning_dopt.pipeline.program import Action, Program
+
+Loss = Callable[[Tensor, Any], Tensor]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DIMENSIONS = 8
+_KINDS = ("activation", "gradient", "shape of activation", "loss", "gradient sum")
+
+
+@dataclass
+class _Pass:
+    """One walk through the program: the parts of the batch, and what is held between forward and backward."""
+
+    parts: list[Any]
+    weights: list[float]
+    notes: list[Note]
+    signatures: list[str]
+    train: bool
+    inputs: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    outputs: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    gradients: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    learnt: dict[tuple[int, int, str], Spec] = field(default_factory=dict)
+
+
+class Runner:
+    """Runs the program of one rank.
+
+    Args:
+        program: A program that :func:`~lightning_dopt.pipeline.check` has proved.
+        stages: The modules of this rank by ``(pipe, stage)``.
+        loss: ``loss(output of the model, part of the batch)``, a mean over the samples of the part.
+        inputs: ``inputs(part of the batch)``, what the model is given.
+        mail: The way to the other ranks.
+        activation_link: What happens to activations; ``None`` sends them as they are.
+        gradient_link: What happens to the gradients of activations.
+        seed: Seed of codecs that draw random numbers, the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        stages: Mapping[tuple[int, int], nn.Module],
+        loss: Loss,
+        inputs: Callable[[Any], Tensor],
+        mail: Mail,
+        activation_link: Link | None,
+        gradient_link: Link | None,
+        seed: int,
+    ) -> None:
+        self.program, self.stages, self.loss, self.inputs, self.mail = program, dict(stages), loss, inputs, mail
+        self.links: dict[str, Link] = {"activation": activation_link or Plain(), "gradient": gradient_link or Plain()}
+        self.seed = seed
+        self.step = 0
+        self.memories: dict[tuple[str, int, int], Memory] = {}
+        self.specs: dict[tuple[int, int, str], Spec] = {}
+
+    def train(self, batch: Any, fresh: bool, samples: Tensor | None) -> Talk[Tensor]:
+        """Forward and backward of all micro-batches; adds to the gradients of the parameters. Result: the loss."""
+        self.mail.step = self.step
+        run = self._begin(batch, fresh, samples, train=True)
+        parameters = [p for stage in self.stages.values() for p in stage.parameters() if p.requires_grad]
+        held = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        for action in self.program.actions[self.mail.rank]:
+            yield from self._do(action, run)
+        if len(self.program.placement) > 1:
+            yield from self._sum_copies()
+        for p, before in zip(parameters, held, strict=True):
+            if before is not None:
+                p.grad = before if p.grad is None else before.add_(p.grad)
+        total = yield from self._end(run)
+        self.step += 1
+        return total
+
+    def evaluate(self, batch: Any) -> Talk[Tensor]:
+        """Forward of all micro-batches past the links. Result: the loss."""
+        run = self._begin(batch, True, None, train=False)
+        for action in self.program.actions[self.mail.rank]:
+            if action.kind in ("forward", "send_activation", "recv_activation"):
+                yield from self._do(action, run)
+        return (yield from self._end(run))
+
+    def _begin(self, batch: Any, fresh: bool, samples: Tensor | None, train: bool) -> _Pass:
+        count = self.program.microbatches
+        parts, weights = cut_batch(batch, count)
+        ids = cut_batch(samples, count)[0] if samples is not None else [None] * count
+        notes = [Note(m, fresh, ids[m], key(self.seed, self.step, m)) for m in range(count)]
+        signatures = [repr([tuple(t.shape) for t in tensors(part)]) + str(train) for part in parts]
+        return _Pass(parts, weights, notes, signatures, train)
+
+    def _end(self, run: _Pass) -> Talk[Tensor]:
+        """All ranks learn the loss, and nothing stays under way."""
+        last = self.program.stages - 1
+        total = torch.zeros((), dtype=torch.float64)
+        for pipe in range(len(self.program.placement)):
+            owner = self.program.rank_of(pipe, last)
+            tag = self._tag("loss", pipe, 0, 0)
+            if owner == self.mail.rank:
+                mine = run.losses.get(pipe, torch.zeros((), dtype=torch.float64))
+                for peer in range(self.mail.size):
+                    if peer != owner:
+                        self.mail.post(peer, tag, mine.view(1), "loss")
+            else:
+                mine = (yield self.mail.expect(owner, tag, torch.zeros(1, dtype=torch.float64), "loss")).view(())
+            total = total + mine
+        self.mail.finish()
+        self.specs.update(run.learnt)
+        return total
+
+    def _do(self, action: Action, run: _Pass) -> Talk[None]:
+        if action.kind == "forward":
+            with torch.set_grad_enabled(run.train):  # never around a yield: other ranks may share this thread
+                self._forward(action, run)
+        elif action.kind == "backward":
+            self._backward(action, run)
+        elif action.kind == "send_activation":
+            self._send(action, run, run.outputs[action.cell] if run.train else run.outputs.pop(action.cell))
+        elif action.kind == "send_gradient":
+            self._send(action, run, run.gradients.pop((action.pipe, action.stage - 1, action.microbatch)))
+        elif action.kind == "recv_activation":
+            run.inputs[action.cell] = yield from self._receive(action, run)
+        else:
+            run.gradients[action.cell] = yield from self._receive(action, run)
+
+    def _forward(self, action: Action, run: _Pass) -> None:
+        pipe, stage, m = action.cell
+        last = self.program.stages - 1
+        x = self.inputs(run.parts[m]) if stage == 0 else run.inputs.pop(action.cell)
+        if stage > 0 and run.train:
+            x = run.inputs[action.cell] = x.requires_grad_()
+        y = self.stages[pipe, stage](x)
+        if stage == last:
+            y = self.loss(y, run.parts[m]) * run.weights[m]
+            run.losses[pipe] = run.losses.get(pipe, torch.zeros((), dtype=torch.float64)) + y.detach().double().cpu()
+        elif not isinstance(y, Tensor) or y.dtype not in DTYPES:
+            kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"stage {stage}: its output must be one floating point tensor, not {kind}")
+        elif self.program.local(pipe, stage):
+            run.inputs[pipe, stage + 1, m] = y.detach()
+        if run.train or (stage < last and not self.program.local(pipe, stage)):
+            run.outputs[action.cell] = y
+
+    def _backward(self, action: Action, run: _Pass) -> None:
+        pipe, stage, m = action.cell
+        y = run.outputs.pop(action.cell)
+        gradient = run.gradients.pop(action.cell, None)
+        if y.requires_grad:
+            torch.autograd.backward(y, gradient)
+        if stage > 0:
+            x = run.inputs.pop(action.cell)
+            run.gradients[pipe, stage - 1, m] = x.grad if x.grad is not None else torch.zeros_like(x)
+
+    def _send(self, action: Action, run: _Pass, tensor: Tensor) -> None:
+        message = message_of(action)
+        assert message is not None
+        what, pipe, boundary, m = message
+        peer = self.program.peer(action)
+        place = (pipe, boundary, run.signatures[m])
+        spec = Spec(tuple(tensor.shape), tensor.dtype, tensor.device)
+        if what == "activation":
+            known = self.specs.get(place)
+            if known is None:
+                run.learnt[place] = spec
+                self.mail.post(peer, self._tag("shape of activation", pipe, boundary, m), _header(spec), "shapes")
+            elif known != spec:
+                raise ValueError(
+                    f"stage {boundary}: its output has shape {tuple(spec.shape)} and {spec.dtype}, before it had "
+                    f"{tuple(known.shape)} and {known.dtype} for a batch of the same shape"
+                )
+        link, memory, note = self._link(what, pipe, boundary, m, run)
+        payload = link.encode(tensor.detach(), memory, note)
+        self.mail.post(peer, self._tag(what, pipe, boundary, m), payload, f"{what}s")
+
+    def _receive(self, action: Action, run: _Pass) -> Talk[Tensor]:
+        message = message_of(action)
+        assert message is not None
+        what, pipe, boundary, m = message
+        peer = self.program.peer(action)
+        place = (pipe, boundary, run.signatures[m])
+        spec = self.specs.get(place) or run.learnt.get(place) if what == "gradient" else self.specs.get(place)
+        if spec is None:  # both ends decide by what was known before this step, so in any order of micro-batches
+            box = torch.zeros(DIMENSIONS + 2, dtype=torch.int64)
+            tag = self._tag("shape of activation", pipe, boundary, m)
+            header = yield self.mail.expect(peer, tag, box, "shapes")
+            spec = run.learnt[place] = _read_header(header, self._device(action))
+        link, memory, note = self._link(what, pipe, boundary, m, run)
+        box = torch.empty(link.payload_bytes(spec, memory, note), dtype=torch.uint8, device=spec.device)
+        payload = yield self.mail.expect(peer, self._tag(what, pipe, boundary, m), box, f"{what}s")
+        return link.decode(payload, spec, memory, note)
+
+    def _link(self, what: str, pipe: int, boundary: int, m: int, run: _Pass) -> tuple[Link, Memory, Note]:
+        if not run.train:
+            return Plain(), {}, run.notes[m]
+        memory = self.memories.setdefault((what, pipe, boundary), {})
+        note = run.notes[m]
+        seed = key(note.seed, pipe, boundary, _KINDS.index(what))
+        return self.links[what], memory, Note(m, note.fresh, note.samples, seed)
+
+    def _sum_copies(self) -> Talk[None]:
+        """Both copies of every stage get the sum of their gradients, equal in every bit."""
+        flat: dict[tuple[int, int], tuple[list[nn.Parameter], Tensor]] = {}
+        for pipe, stage in sorted(self.stages):
+            parameters = [p for p in self.stages[pipe, stage].parameters() if p.requires_grad]
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            pieces = [as_bytes(p.grad) for p in parameters if p.grad is not None]
+            flat[pipe, stage] = parameters, torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
+            if pieces:
+                peer = self.program.rank_of(1 - pipe, stage)
+                self.mail.post(peer, self._tag("gradient sum", pipe, stage, 0), flat[pipe, stage][1], "gradient sums")
+        for (pipe, stage), (parameters, mine) in flat.items():
+            if not len(mine):
+                continue
+            peer = self.program.rank_of(1 - pipe, stage)
+            tag = self._tag("gradient sum", 1 - pipe, stage, 0)
+            other = yield self.mail.expect(peer, tag, torch.empty_like(mine), "gradient sums")
+            start = 0
+            for p in parameters:
+                assert p.grad is not None
+                p.grad.add_(section(other, start, p.numel(), p.dtype).view(p.shape))
+                start += p.grad.nbytes
+
+    def _device(self, action: Action) -> torch.device:
+        first = next(self.stages[action.pipe, action.stage].parameters(), None)
+        return first.device if first is not None else torch.device("cpu")
+
+    def _tag(self, kind: str, pipe: int, place: int, m: int) -> int:
+        number = (_KINDS.index(kind) * 2 + pipe) * self.program.stages + place
+        return number * self.program.microbatches + m
+
+
+def _header(spec: Spec) -> Tensor:
+    if len(spec.shape) > DIMENSIONS:
+        raise ValueError(f"an activation of {len(spec.shape)} dimensions: at most {DIMENSIONS} can be sent")
+    fill = [0] * (DIMENSIONS - len(spec.shape))
+    return torch.tensor([DTYPES.index(spec.dtype), len(spec.shape), *spec.shape, *fill], dtype=torch.int64)
+
+
+def _read_header(header: Tensor, device: torch.device) -> Spec:
+    kind, dimensions, *shape = header.tolist()
+    return Spec(tuple(shape[:dimensions]), DTYPES[kind], device)
+
+
+def stages_of(program: Program, rank: int, stages: Sequence[nn.Module]) -> dict[tuple[int, int], nn.Module]:
+    """The modules of a rank by pipe and stage."""
+    return {(pipe, stage): stages[stage] for pipe, stage in program.held(rank)}
