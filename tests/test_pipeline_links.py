@@ -350,6 +350,7 @@ def test_dropout_is_fine_without_repeats() -> None:
 # ---------------------------------------------------------------------- an experiment
 
 
+@pytest.mark.slow
 def test_what_the_links_do_to_training() -> None:
     """Teacher and student, tanh 32-32-32-32-1 on four ranks, a tenth of each row sent: none < FU < FC < direct."""
 
