@@ -9,6 +9,7 @@ from lightning_dopt.pipeline.lazy import LazyClock, LazyLoader
 from lightning_dopt.pipeline.links import AQSGD, Clapping, Direct, Link
 from lightning_dopt.pipeline.pipeline import Pipeline, SimulatedPipeline
 from lightning_dopt.pipeline.program import Action, Program
+from lightning_dopt.pipeline.replay import Replay
 from lightning_dopt.pipeline.schedules import bitpipe, gpipe, interleaved, make_program, one_f_one_b
 from lightning_dopt.pipeline.timeline import timeline
 
@@ -22,6 +23,7 @@ __all__ = [
     "Link",
     "Pipeline",
     "Program",
+    "Replay",
     "Report",
     "SimulatedPipeline",
     "Stage",
