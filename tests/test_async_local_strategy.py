@@ -106,6 +106,7 @@ def test_names_and_pickles() -> None:
     strategy = pickle.loads(pickle.dumps(AsyncLocalStrategy(fedasync(), LocalSteps(5), total_steps=7)))
     assert (strategy.rule, strategy.local_steps, strategy.total_steps) == (fedasync(), LocalSteps(5), 7)
     assert isinstance(trainer("async_local").strategy, AsyncLocalStrategy)
+    assert AsyncLocalStrategy(local_steps=7).local_steps == LocalSteps(7, dynamic=True)
 
 
 def test_on_one_rank_it_is_the_outer_optimizer_alone() -> None:
@@ -122,6 +123,7 @@ def test_on_one_rank_it_is_the_outer_optimizer_alone() -> None:
     ("options", "message"),
     [
         ({"total_steps": -1}, r"^AsyncLocalStrategy\(total_steps=-1\)"),
+        ({"local_steps": 0}, r"^AsyncLocalStrategy\(local_steps=0\): must be an integer of at least 1"),
         ({"inner_state": "lost"}, r"^AsyncLocalStrategy\(inner_state='lost'\)"),
         ({"codec": dopt.EF21(dopt.TopK(0.1))}, r"^AsyncLocalStrategy\(codec=EF21\(.*must be a compressor"),
         ({"codec": dopt.Int8(), "rule": fedasync()}, r"^AsyncLocalStrategy\(codec=Int8\(.*packs changes"),

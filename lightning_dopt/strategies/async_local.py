@@ -29,7 +29,8 @@ class AsyncLocalStrategy(BesideStrategy):
 
     Args:
         rule: What the hub does; ``None`` means ``delayed_nesterov(n)`` for ``n`` ranks.
-        local_steps: Optimizer steps between two pushes; ``None`` means ``LocalSteps(50, dynamic=True)``.
+        local_steps: Optimizer steps between two pushes: of the fastest rank, others in proportion to their speed, if a number is
+            given (``LocalSteps(number, dynamic=True)``).
         codec: How pushes are packed: a compressor, or ``ErrorFeedback`` around one; ``None`` sends floats.
         total_steps: Optimizer steps of all ranks together after which training ends; 0: the Trainer decides.
         inner_state: Whether the optimizer's state stays when a rank is given a new reference, or is forgotten.
@@ -47,7 +48,7 @@ class AsyncLocalStrategy(BesideStrategy):
     def __init__(
         self,
         rule: HubRule | None = None,
-        local_steps: LocalSteps | None = None,
+        local_steps: LocalSteps | int = 50,
         codec: Codec | None = None,
         total_steps: int = 0,
         inner_state: Literal["keep", "reset"] = "keep",
@@ -60,7 +61,9 @@ class AsyncLocalStrategy(BesideStrategy):
         name = type(self).__name__
         super().__init__(evaluate, measure_every, timeout, process_group_backend, start_method)
         self.rule = rule
-        self.local_steps = local_steps if local_steps is not None else LocalSteps(50, dynamic=True)
+        if isinstance(local_steps, int):
+            local_steps = LocalSteps(check_int(name, "local_steps", local_steps, 1), dynamic=True)
+        self.local_steps = local_steps
         self.codec = codec
         check_codec(name, codec, rule if rule is not None else delayed_nesterov(1))
         self.total_steps = check_int(name, "total_steps", total_steps, 0)
