@@ -118,6 +118,26 @@ def test_frozen_stages_and_unused_parameters() -> None:
             torch.testing.assert_close(mine.grad, other.grad, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("program", [one_f_one_b(3, 2), bitpipe(4, 4)], ids=lambda p: p.name)
+@pytest.mark.parametrize("limit", [0.05, 100.0])
+def test_clipping_is_by_the_norm_over_all_stages(program: Program, limit: float) -> None:
+    model = net()
+    reference = copy.deepcopy(model)
+    pipeline = SimulatedPipeline(cut(model, program.stages), program, loss)
+    pipeline.step(data(8))
+    unsplit(reference, data(8))
+    norm = nn.utils.clip_grad_norm_(reference.parameters(), limit)
+    assert float(pipeline.clip_grad_norm_(limit)) == pytest.approx(float(norm), abs=1e-10)
+    copies = {id(p): p for p in pipeline.parameters()}
+    assert len(copies) == len(list(model.parameters())) * len(program.placement)
+    for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-10, rtol=1e-10)
+    for stage, copied in zip(cut(model, program.stages), pipeline._copies, strict=False):
+        assert all(a.grad.equal(b.grad) for a, b in zip(stage.parameters(), copied.parameters(), strict=True))  # type: ignore[union-attr,arg-type]
+    with pytest.raises(ValueError, match=r"clip_grad_norm_\(max_norm=0\)"):
+        pipeline.clip_grad_norm_(0)
+
+
 # ---------------------------------------------------------------------- cutting
 
 
@@ -206,6 +226,7 @@ def train(pipeline: Pipeline | SimulatedPipeline, steps: int, dtype: torch.dtype
     for t in range(steps):
         optimizer.zero_grad()
         losses.append(float(pipeline.step(data(11, seed=t // 2, dtype=dtype), fresh=t % 2 == 0)))
+        losses.append(float(pipeline.clip_grad_norm_(0.05)))
         optimizer.step()
     return losses
 
@@ -253,7 +274,10 @@ def test_two_processes_equal_one() -> None:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
             for t in range(4):
                 optimizer.zero_grad()
-                assert losses[t] == pytest.approx(float(unsplit(model, data(11, seed=t // 2))), abs=1e-10)
+                assert losses[2 * t] == pytest.approx(float(unsplit(model, data(11, seed=t // 2))), abs=1e-10)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+                assert float(norm) > 0.05, "or nothing is clipped"
+                assert losses[2 * t + 1] == pytest.approx(float(norm), abs=1e-10)
                 optimizer.step()
     assert "rank 0, step 0, pipeline, gradients: no answer after" in answers[0][1]
     assert "from rank 1" in answers[0][1]

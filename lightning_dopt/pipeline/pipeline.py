@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_dopt._checks import check_float
 from lightning_dopt.comm import Ledger
 from lightning_dopt.pipeline.checker import Report, check
 from lightning_dopt.pipeline.links import Link
@@ -79,6 +80,19 @@ class _Pipeline(ABC):
     @abstractmethod
     def evaluate(self, batch: Any) -> Tensor:
         """The mean loss of a batch without gradients; links are passed by, and their memories stay as they are."""
+
+    @abstractmethod
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients of all stages such that their common Euclidean norm is at most ``max_norm``.
+
+        The same on the unsplit model is ``torch.nn.utils.clip_grad_norm_``; collective, as :meth:`step` is.
+
+        Returns:
+            The norm before, float64, on all ranks.
+
+        Raises:
+            ValueError: ``max_norm`` is not above 0.
+        """
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that are trained here; of a bidirectional schedule in one process, both copies of each."""
@@ -163,6 +177,11 @@ class Pipeline(_Pipeline):
         """See :meth:`SimulatedPipeline.evaluate`."""
         return run(self.runners[0].evaluate(batch))
 
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """See :meth:`SimulatedPipeline.clip_grad_norm_`."""
+        check_float("clip_grad_norm_", "max_norm", max_norm, 0.0, open_low=True)
+        return run(self.runners[0].clip(max_norm))
+
 
 class SimulatedPipeline(_Pipeline):
     """All ranks of a pipeline in one process, with the runtime and the messages of real ones.
@@ -215,6 +234,11 @@ class SimulatedPipeline(_Pipeline):
     def evaluate(self, batch: Any) -> Tensor:
         """See :meth:`Pipeline.evaluate`."""
         return take_turns([runner.evaluate(batch) for runner in self.runners])[0]
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """See :meth:`Pipeline.clip_grad_norm_`."""
+        check_float("clip_grad_norm_", "max_norm", max_norm, 0.0, open_low=True)
+        return take_turns([runner.clip(max_norm) for runner in self.runners])[0]
 
 
 def _check_repeatable(owner: str, stages: Sequence[nn.Module]) -> None:

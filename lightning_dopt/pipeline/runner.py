@@ -20,7 +20,7 @@ from lightning_dopt.pipeline.program import Action, Program
 Loss = Callable[[Tensor, Any], Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIMENSIONS = 8
-_KINDS = ("activation", "gradient", "shape of activation", "loss", "gradient sum")
+_KINDS = ("activation", "gradient", "shape of activation", "loss", "gradient sum", "norm")
 
 
 @dataclass
@@ -97,6 +97,28 @@ class Runner:
             if action.kind in ("forward", "send_activation", "recv_activation"):
                 yield from self._do(action, run)
         return (yield from self._end(run))
+
+    def clip(self, max_norm: float) -> Talk[Tensor]:
+        """Scale all gradients such that their norm over all stages is at most ``max_norm``. Result: the norm before."""
+        own = torch.zeros(1, dtype=torch.float64)
+        for (pipe, _), stage in self.stages.items():
+            for p in stage.parameters() if pipe == 0 else ():  # copies of a stage count once
+                if p.grad is not None:
+                    own += p.grad.detach().double().square().sum().cpu()
+        tag, total = self._tag("norm", 0, 0, 0), torch.zeros(1, dtype=torch.float64)
+        others = [peer for peer in range(self.mail.size) if peer != self.mail.rank]
+        for peer in others:
+            self.mail.post(peer, tag, own, "norms")
+        for peer in range(self.mail.size):  # in one order, so that all ranks get the same sum
+            total += (yield self.mail.expect(peer, tag, torch.zeros_like(own), "norms")) if peer in others else own
+        self.mail.finish()
+        norm = total.sqrt().view(())
+        factor = min(1.0, max_norm / (float(norm) + 1e-6))
+        for stage in self.stages.values():
+            for p in stage.parameters():
+                if p.grad is not None and factor < 1.0:
+                    p.grad.mul_(factor)
+        return norm
 
     def _begin(self, batch: Any, fresh: bool, samples: Tensor | None, train: bool) -> _Pass:
         count = self.program.microbatches
