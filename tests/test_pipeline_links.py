@@ -22,6 +22,7 @@ from lightning_dopt.pipeline import (
     SimulatedPipeline,
     cut,
     gpipe,
+    interleaved,
     one_f_one_b,
 )
 from lightning_dopt.pipeline.links import Note, Spec
@@ -326,15 +327,6 @@ def test_the_link_makes_its_loader() -> None:
         (lambda: LazyLoader([1], 1.5), r"LazyLoader\(probability=1.5\)"),
         (lambda: pipeline(net(), AQSGD(TOP), Direct(TOP)).step(batch(0)), r"AQSGD: needs the number"),
         (lambda: pipeline(net(), TOP), r"SimulatedPipeline\(activation_link=TopK\(.*must be a link"),  # type: ignore[arg-type]
-        (
-            lambda: SimulatedPipeline(
-                [nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.1))],
-                gpipe(2, 1),
-                loss,
-                gradient_link=Clapping("FU", 0.5, TOP),
-            ),
-            r"'0' of stage 1 is Dropout with rate 0.1; its mask would change",
-        ),
     ],
 )
 def test_bad_arguments_in_one_line(make: Callable[[], object], message: str) -> None:
@@ -342,9 +334,27 @@ def test_bad_arguments_in_one_line(make: Callable[[], object], message: str) -> 
         make()
 
 
-def test_dropout_is_fine_without_repeats() -> None:
-    SimulatedPipeline([nn.Linear(2, 2), nn.Dropout(0.1)], gpipe(2, 1), loss, activation_link=Direct(TOP))
-    SimulatedPipeline([nn.Linear(2, 2), nn.Dropout(0.0)], gpipe(2, 1), loss, activation_link=Clapping("FU", 0.5, TOP))
+# ---------------------------------------------------------------------- randomness inside stages
+
+
+def test_masks_are_alike_in_every_schedule_and_while_a_batch_is_repeated() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.3)) for _ in range(3)), nn.Linear(16, 1)
+    ).double()
+    x, y = (t.double() for t in batch(0))
+    losses = []
+    for program in (gpipe(4, 4), one_f_one_b(4, 4), interleaved(2, 4)):
+        p = SimulatedPipeline(cut(copy.deepcopy(model), at=[1, 2, 3]), program, loss, seed=5)
+        before = torch.get_rng_state()
+        losses.append([float(p.step((x, y), fresh)) for fresh in (True, False, True)])
+        assert torch.get_rng_state().equal(before), "the global generator is left alone"
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-12)
+    assert losses[0][0] == losses[0][1], "the same batch, the same masks"
+    assert losses[0][0] != losses[0][2], "a new batch, new ones"
+    p = SimulatedPipeline(cut(copy.deepcopy(model), at=[1, 2, 3]), gpipe(4, 4), loss, seed=6)
+    assert float(p.step((x, y))) != losses[0][0], "another seed, others"
 
 
 # ---------------------------------------------------------------------- an experiment

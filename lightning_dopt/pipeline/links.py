@@ -66,8 +66,6 @@ class Link(Part, ABC):
         ValueError: ``codec`` is no compressor, or one that changes during training.
     """
 
-    repeats: bool = False
-    """Whether it relies on batches that are used several times with the same result up to the change of weights."""
     by_sample: bool = False
     """Whether it needs the numbers of the samples."""
 
@@ -167,8 +165,6 @@ class Clapping(Link):
     Raises:
         ValueError: An argument out of range.
     """
-
-    repeats = True
 
     def __init__(
         self,

@@ -46,8 +46,6 @@ class _Pipeline(ABC):
             if link is not None and not isinstance(link, Link):
                 raise ValueError(f"{owner}({name}={link!r}): must be a link such as Direct(codec), or None")
         self.links = [link for link in (activation_link, gradient_link) if link is not None]
-        if any(link.repeats for link in self.links):
-            _check_repeatable(owner, stages)
         self.program = program
         self.report: Report = check(program)
         self.runners = [
@@ -79,7 +77,10 @@ class _Pipeline(ABC):
 
     @abstractmethod
     def evaluate(self, batch: Any) -> Tensor:
-        """The mean loss of a batch without gradients; links are passed by, and their memories stay as they are."""
+        """The mean loss of a batch without gradients; links are passed by, and their memories stay as they are.
+
+        Modules are used in the mode that they are in: call ``eval()`` on the model before.
+        """
 
     @abstractmethod
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -109,6 +110,7 @@ class _Pipeline(ABC):
         return {
             str(r.mail.rank): {
                 "step": r.step,
+                "draws": r.draws,
                 "memories": {k: {i: t.clone() for i, t in memory.items()} for k, memory in r.memories.items()},
                 "specs": dict(r.specs),
             }
@@ -119,7 +121,7 @@ class _Pipeline(ABC):
         """Go on from :meth:`state_dict` of the same rank."""
         for runner in self.runners:
             mine = state[str(runner.mail.rank)]
-            runner.step = mine["step"]
+            runner.step, runner.draws = mine["step"], mine["draws"]
             runner.memories = {k: {i: t.clone() for i, t in memory.items()} for k, memory in mine["memories"].items()}
             runner.specs = dict(mine["specs"])
 
@@ -135,13 +137,13 @@ class Pipeline(_Pipeline):
         inputs: ``inputs(part)``: what the model is given; by default the first entry of the part.
         activation_link: What happens to activations on their way; ``None`` sends them as they are.
         gradient_link: What happens to the gradients of activations.
-        seed: Seed of codecs that draw random numbers, the same on all ranks.
+        seed: Seed of dropout and of codecs that draw random numbers, the same on all ranks.
         timeout: How long a rank waits for another one before it gives up.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
-        ValueError: The number of stages or ranks does not fit the program, the program is wrong, dropout together with a link
-            that relies on repeated batches, or the backend is not gloo.
+        ValueError: The number of stages or ranks does not fit the program, the program is wrong, or the backend is not
+            gloo.
     """
 
     def __init__(
@@ -197,11 +199,10 @@ class SimulatedPipeline(_Pipeline):
         inputs: ``inputs(part)``: what the model is given; by default the first entry of the part.
         activation_link: What happens to activations on their way; ``None`` sends them as they are.
         gradient_link: What happens to the gradients of activations.
-        seed: Seed of codecs that draw random numbers.
+        seed: Seed of dropout and of codecs that draw random numbers.
 
     Raises:
-        ValueError: The number of stages does not fit the program, the program is wrong, or dropout together with a
-            link that relies on repeated batches.
+        ValueError: The number of stages does not fit the program, the program is wrong.
     """
 
     def __init__(
@@ -239,16 +240,3 @@ class SimulatedPipeline(_Pipeline):
         """See :meth:`Pipeline.clip_grad_norm_`."""
         check_float("clip_grad_norm_", "max_norm", max_norm, 0.0, open_low=True)
         return take_turns([runner.clip(max_norm) for runner in self.runners])[0]
-
-
-def _check_repeatable(owner: str, stages: Sequence[nn.Module]) -> None:
-    """A batch that is used again must give nearly the same activations."""
-    for k, stage in enumerate(stages):
-        for name, module in stage.named_modules():
-            rate = getattr(module, "p", 0.0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
-            rate = rate or getattr(module, "drop_prob", 0.0) or 0.0
-            if rate > 0.0:
-                raise ValueError(
-                    f"{owner}(activation_link=Clapping): '{name}' of stage {k} is {type(module).__name__} with rate {rate}; "
-                    "its mask would change while a batch is used again, set the rate to 0"
-                )

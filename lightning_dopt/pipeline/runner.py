@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,12 +69,15 @@ class Runner:
         self.links: dict[str, Link] = {"activation": activation_link or Plain(), "gradient": gradient_link or Plain()}
         self.seed = seed
         self.step = 0
+        self.draws = 0
+        """How many new batches there were."""
         self.memories: dict[tuple[str, int, int], Memory] = {}
         self.specs: dict[tuple[int, int, str], Spec] = {}
 
     def train(self, batch: Any, fresh: bool, samples: Tensor | None) -> Talk[Tensor]:
         """Forward and backward of all micro-batches; adds to the gradients of the parameters. Result: the loss."""
         self.mail.step = self.step
+        self.draws += fresh
         run = self._begin(batch, fresh, samples, train=True)
         parameters = [p for stage in self.stages.values() for p in stage.parameters() if p.requires_grad]
         held = [p.grad for p in parameters]
@@ -168,7 +172,8 @@ class Runner:
         x = self.inputs(run.parts[m]) if stage == 0 else run.inputs.pop(action.cell)
         if stage > 0 and run.train:
             x = run.inputs[action.cell] = x.requires_grad_()
-        y = self.stages[pipe, stage](x)
+        with _random(self.seed, self.draws, stage, m, x.device):
+            y = self.stages[pipe, stage](x)
         if stage == last:
             y = self.loss(y, run.parts[m]) * run.weights[m]
             run.losses[pipe] = run.losses.get(pipe, torch.zeros((), dtype=torch.float64)) + y.detach().double().cpu()
@@ -267,6 +272,19 @@ class Runner:
     def _tag(self, kind: str, pipe: int, place: int, m: int) -> int:
         number = (_KINDS.index(kind) * 2 + pipe) * self.program.stages + place
         return number * self.program.microbatches + m
+
+
+@contextmanager
+def _random(seed: int, draws: int, stage: int, m: int, device: torch.device) -> Iterator[None]:
+    """Dropout and its kin draw by batch, stage and micro-batch: alike in every schedule, and while a batch is repeated."""
+    number = key(seed, draws, stage, m)
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(number)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(number)
+        yield
 
 
 def _header(spec: Spec) -> Tensor:
