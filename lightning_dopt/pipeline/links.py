@@ -123,8 +123,8 @@ class Plain(Link):
 class Direct(Link):
     """``C(x)``: packed and sent, without a memory.
 
-    An unbiased error of an activation is a biased error of the gradient behind a nonlinear stage, so a coarse codec
-    keeps a pipeline from converging.
+    An unbiased error of an activation is a biased error of the gradient behind a nonlinear stage, so a coarse codec may
+    keep a pipeline from converging.
     """
 
     def payload_bytes(self, spec: Spec, memory: Memory, note: Note) -> int:
