@@ -166,6 +166,7 @@ MADE: dict[str, dict[str, Any]] = {
     "moni_qua": {"bits": 8, "theta": 50.0},
     "gmf": {"codec": TopK(0.3)},
     "diana": {"codec": Int8(block=8, stochastic=True)},
+    "factors": {"lowrank": LowRank(1, 1.0), "codec": Int8(block=8)},
 }
 
 
