@@ -277,7 +277,9 @@ def test_measured_errors_are_those_of_the_codecs() -> None:
 def test_one_choice_is_the_compressor_itself(codec: Compressor) -> None:
     transport = "auto" if codec.linear else "all_gather"  # budgets have no second leg, which auto takes over slow links
     plain, budget, bytes_ = (
-        simulate(Plan([Sync(what="gradients", codec=ErrorFeedback(c), transport=transport)]), link=Link(1.0, 5.0)).run(9)
+        simulate(Plan([Sync(what="gradients", codec=ErrorFeedback(c), transport=transport)]), link=Link(1.0, 5.0)).run(
+            9
+        )
         for c in (codec, LGreCo(codec, [codec], every=3), ByteBudget(codec, 10**6, [codec], every=100))
     )
     assert torch.equal(stacked(plain), stacked(budget))
