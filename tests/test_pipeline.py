@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_dopt import SyncError
 from lightning_dopt.compress import Int4
 from lightning_dopt.pipeline import (
     Clapping,
+    Direct,
     Pipeline,
     Program,
     SimulatedPipeline,
@@ -62,9 +64,9 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: f"{p.name}-{p.ranks}-{p.stages}-{p.microbatches}")
-@pytest.mark.parametrize("size", [16, 13])
+@pytest.mark.parametrize("size", [16, 13, 1])
 def test_equals_the_unsplit_model(program: Program, size: int) -> None:
-    """Loss and gradients, with micro-batches of equal and of unequal size, summed over two batches."""
+    """Loss and gradients, with micro-batches of equal and of unequal size, or with fewer of them, summed over two batches."""
     model = net()
     reference = copy.deepcopy(model)
     pipeline = SimulatedPipeline(cut(model, program.stages), program, loss)
@@ -103,6 +105,48 @@ def test_evaluation_changes_nothing() -> None:
         for name, memory in state["memories"].items():
             assert all(memory[m].equal(before[rank]["memories"][name][m]) for m in memory)
     assert all(p.grad is not None and p.grad.equal(g) for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+@pytest.mark.parametrize("program", [one_f_one_b(3, 4), interleaved(2, 2), bitpipe(2, 2)], ids=lambda p: p.name)
+def test_forward_is_the_whole_output(program: Program) -> None:
+    model = net(4)
+    pipeline = SimulatedPipeline(cut(model, program.stages), program, loss, activation_link=Direct(Int4()))
+    for size in (8, 5, 1):
+        x = data(size)[0]
+        torch.testing.assert_close(pipeline.forward(x), model(x), atol=1e-12, rtol=0.0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_part_of_the_gradients_is_clipped() -> None:
+    model = net(3)
+    pipeline = SimulatedPipeline(cut(model, 3), one_f_one_b(3, 1), loss)
+    pipeline.step(data(4))
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    biases = [p.grad.clone() for p in model.parameters() if p.dim() == 1 and p.grad is not None]
+    expected = torch.stack([p.grad.norm() for p in weights if p.grad is not None]).norm()
+    assert float(pipeline.clip_grad_norm_(1e-3, weights)) == pytest.approx(float(expected), abs=1e-12)
+    assert all(p.grad is not None and p.grad.norm() <= 1e-3 for p in weights)
+    unclipped = [p.grad for p in model.parameters() if p.dim() == 1]
+    assert all(g is not None and g.equal(b) for g, b in zip(unclipped, biases, strict=True))
+
+
+def test_the_context_is_entered_for_every_forward_but_no_backward() -> None:
+    seen: list[torch.dtype] = []
+
+    def watching(y: Tensor, part: Any) -> Tensor:
+        seen.append(y.dtype)
+        return nn.functional.mse_loss(y.float(), part[1])
+
+    def context() -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    model = net(3, dtype=torch.float32)
+    runners = SimulatedPipeline(cut(model, 3), one_f_one_b(3, 2), watching)
+    for runner in runners.runners:
+        runner.context = context
+    runners.step(data(4, dtype=torch.float32))
+    assert seen == [torch.bfloat16] * 2
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 def test_frozen_stages_and_unused_parameters() -> None:
@@ -190,7 +234,7 @@ def tied() -> nn.Sequential:
             lambda: SimulatedPipeline(cut(net(3), 2), gpipe(3, 2), loss),
             r"SimulatedPipeline\(stages=<2>\): 'gpipe' has 3",
         ),
-        (lambda: SimulatedPipeline([net(3)], gpipe(1, 4), loss).step(data(3)), r"3 samples cannot be cut into 4"),
+        (lambda: cut_batch(data(3), 4), r"3 samples cannot be cut into 4"),
         (lambda: cut_batch((torch.ones(3), torch.ones(4)), 2), r"tensors of one length .*, not \[3, 4\]"),
     ],
 )
@@ -253,6 +297,35 @@ def job(rank: int) -> Any:
     with pytest.raises(SyncError) as error:
         late.step(data(4))
     return results, str(error.value)
+
+
+def island(rank: int) -> Any:
+    """A pipeline on the ranks 0 and 2, with rank 1 elsewhere."""
+    group = dist.new_group([0, 2], timeout=timedelta(seconds=2), backend="gloo")
+    if rank == 1:
+        with pytest.raises(ValueError, match=r"^Pipeline\(group=...\): rank 1 does not belong to it$"):
+            Pipeline(cut(net(), 2), one_f_one_b(2, 3), loss, group=group)
+        return None
+    pipeline = Pipeline(cut(net(), 2), one_f_one_b(2, 3), loss, group=group)
+    losses = train(pipeline, 2, torch.float64)
+    shared = pipeline.share(1, torch.arange(3) if rank == 2 else torch.zeros(3, dtype=torch.int64), "numbers")
+    if rank == 2:
+        return losses, shared, pipeline.forward(data(3)[0]), ""
+    output = pipeline.forward(data(3)[0])
+    with pytest.raises(SyncError) as error:
+        pipeline.step(data(4))
+    return losses, shared, output, str(error.value)
+
+
+def test_a_pipeline_on_some_of_the_processes() -> None:
+    answers = on_ranks(island, 3)
+    simulated = SimulatedPipeline(cut(net(), 2), one_f_one_b(2, 3), loss)
+    losses = train(simulated, 2, torch.float64)
+    for rank in (0, 2):
+        assert answers[rank][0] == losses
+        assert answers[rank][1].tolist() == [0, 1, 2]
+        assert answers[rank][2].equal(simulated.forward(data(3)[0]))
+    assert "from rank 2 (" in answers[0][3], "ranks are those among all processes"
 
 
 def test_two_processes_equal_one() -> None:

@@ -19,15 +19,24 @@ def cut_batch(batch: Any, microbatches: int) -> tuple[list[Any], list[float]]:
         ValueError: The batch has no tensor with a first dimension, tensors of several lengths, or fewer samples than
             micro-batches.
     """
-    sizes = sorted({len(t) for t in tensors(batch) if t.dim()})
-    if len(sizes) != 1:
-        raise ValueError(f"a batch must have tensors of one length along their first dimension, not {sizes}")
-    total = sizes[0]
+    total = samples(batch)
     if total < microbatches:
         raise ValueError(f"a batch of {total} samples cannot be cut into {microbatches} micro-batches")
     ends = [total * k // microbatches for k in range(microbatches + 1)]
     spans = list(pairwise(ends))
     return [_part(batch, first, last) for first, last in spans], [(last - first) / total for first, last in spans]
+
+
+def samples(batch: Any) -> int:
+    """How many samples a batch has.
+
+    Raises:
+        ValueError: The batch has no tensor with a first dimension, or tensors of several lengths.
+    """
+    sizes = sorted({len(t) for t in tensors(batch) if t.dim()})
+    if len(sizes) != 1:
+        raise ValueError(f"a batch must have tensors of one length along their first dimension, not {sizes}")
+    return sizes[0]
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:

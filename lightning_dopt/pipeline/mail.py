@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -117,29 +117,37 @@ class ProcessMail(Mail):
     """One rank per process, over ``torch.distributed``. Creating it is collective.
 
     Args:
-        timeout: How long a rank waits for another one before it gives up.
+        timeout: How long a rank waits for another one before it gives up; that of ``group`` if there is one.
+        group: The processes that take part, in the order of their ranks in it; ``None``: all of them.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
-        ValueError: Its backend is not gloo. (Over NCCL messages have no tags; nothing here has run on it.)
+        ValueError: Its backend is not gloo (over NCCL messages have no tags; nothing here has run on it), or this process
+            is not in ``group``.
     """
 
-    def __init__(self, timeout: timedelta = timedelta(minutes=30)) -> None:
+    def __init__(self, timeout: timedelta = timedelta(minutes=30), group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_initialized():
             raise RuntimeError("Pipeline: call torch.distributed.init_process_group first")
-        if "gloo" not in str(dist.get_backend()):
-            raise ValueError(f"Pipeline(backend={dist.get_backend()!r}): only 'gloo' is supported")
-        super().__init__(dist.get_rank(), dist.get_world_size())
-        group = dist.new_group(timeout=timeout, backend="gloo")
-        assert isinstance(group, dist.ProcessGroup)  # every rank belongs to it
-        self.group = group
+        if group is not None and dist.get_rank(group) < 0:
+            raise ValueError(f"Pipeline(group=...): rank {dist.get_rank()} does not belong to it")
+        if "gloo" not in str(dist.get_backend(group)):
+            raise ValueError(f"Pipeline(backend={dist.get_backend(group)!r}): only 'gloo' is supported")
+        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        made = group if group is not None else dist.new_group(timeout=timeout, backend="gloo")
+        assert isinstance(made, dist.ProcessGroup)  # every rank belongs to it
+        self.group = made
+        self.ranks = dist.get_process_group_ranks(made)
+        """The ranks of its members among all processes."""
+        self.diagnose: Callable[[str, int], str] = lambda label, step: ""
+        """Called with (label, step) after a failure, returns who is missing in words, or an empty string."""
         self._sends: list[tuple[Any, Tensor, int, str]] = []
 
     def post(self, peer: int, tag: int, tensor: Tensor, label: str) -> None:
         """See :meth:`Mail.post`."""
         self.ledger.sent(label, tensor.nbytes)
         try:
-            work = dist.isend(tensor, peer, group=self.group, tag=tag)
+            work = dist.isend(tensor, self.ranks[peer], group=self.group, tag=tag)
         except (RuntimeError, dist.DistError) as error:
             raise self._gave_up(peer, label, 0.0, error) from error
         self._sends.append((work, tensor, peer, label))  # the tensor must live until it has left
@@ -147,7 +155,7 @@ class ProcessMail(Mail):
     def expect(self, peer: int, tag: int, box: Tensor, label: str) -> Letter:
         """See :meth:`Mail.expect`."""
         try:
-            return _Work(self, dist.irecv(box, peer, group=self.group, tag=tag), box, peer, label)
+            return _Work(self, dist.irecv(box, self.ranks[peer], group=self.group, tag=tag), box, peer, label)
         except (RuntimeError, dist.DistError) as error:
             raise self._gave_up(peer, label, 0.0, error) from error
 
@@ -171,7 +179,9 @@ class ProcessMail(Mail):
             self.wait(work, peer, label)
 
     def _gave_up(self, peer: int, label: str, waited: float, error: Exception) -> SyncError:
-        return SyncError(no_answer(self.rank, self.step, f"pipeline, {label}", f"rank {peer}", waited, error))
+        where = f"pipeline, {label}"
+        who = self.diagnose(where, self.step) or f"rank {self.ranks[peer]}"
+        return SyncError(no_answer(self.ranks[self.rank], self.step, where, who, waited, error))
 
 
 def run(talk: Talk[T]) -> T:

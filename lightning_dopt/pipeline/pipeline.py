@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_dopt._checks import check_float
@@ -16,7 +18,7 @@ from lightning_dopt.pipeline.checker import Report, check
 from lightning_dopt.pipeline.links import Link
 from lightning_dopt.pipeline.mail import LocalMail, Mail, ProcessMail, run, take_turns
 from lightning_dopt.pipeline.program import Program
-from lightning_dopt.pipeline.runner import Loss, Runner, stages_of
+from lightning_dopt.pipeline.runner import Context, Loss, Runner, stages_of
 
 
 def first_of(part: Any) -> Tensor:
@@ -38,6 +40,7 @@ class _Pipeline(ABC):
         gradient_link: Link | None,
         seed: int,
         mails: Sequence[Mail],
+        context: Context = nullcontext,
     ) -> None:
         owner = type(self).__name__
         if len(stages) != program.stages:
@@ -49,7 +52,17 @@ class _Pipeline(ABC):
         self.program = program
         self.report: Report = check(program)
         self.runners = [
-            Runner(program, self._held(mail.rank, stages), loss, inputs, mail, activation_link, gradient_link, seed)
+            Runner(
+                program,
+                self._held(mail.rank, stages),
+                loss,
+                inputs,
+                mail,
+                activation_link,
+                gradient_link,
+                seed,
+                context,
+            )
             for mail in mails
         ]
 
@@ -63,7 +76,8 @@ class _Pipeline(ABC):
 
         Args:
             batch: The batch, the same on all ranks: tensors with one first dimension, nested in tuples, lists and
-                dictionaries. Micro-batches of unequal size count by their samples.
+                dictionaries. Micro-batches of unequal size count by their samples; a batch with fewer samples than
+                micro-batches has as many micro-batches as samples.
             fresh: Whether it is a new batch, and not that of the last step again (for ``Clapping``).
             samples: The number in the data set of each sample, for ``AQSGD``, shape (batch,).
 
@@ -71,7 +85,7 @@ class _Pipeline(ABC):
             The mean loss of the batch, float64, on all ranks.
 
         Raises:
-            ValueError: The batch has fewer samples than there are micro-batches, or ``samples`` are missing.
+            ValueError: The batch has tensors of several lengths, or ``samples`` are missing.
             SyncError: Another rank is gone; the line says which one.
         """
 
@@ -83,10 +97,22 @@ class _Pipeline(ABC):
         """
 
     @abstractmethod
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the whole model for ``x``, the same tensor on all ranks; collective, as :meth:`step` is.
+
+        Without gradients, past the links; the last stage sends it to all ranks in full. ``x`` has a sample in each row,
+        and so has the output.
+        """
+
+    @abstractmethod
+    def clip_grad_norm_(self, max_norm: float, parameters: Collection[nn.Parameter] | None = None) -> Tensor:
         """Scale the gradients of all stages such that their common Euclidean norm is at most ``max_norm``.
 
         The same on the unsplit model is ``torch.nn.utils.clip_grad_norm_``; collective, as :meth:`step` is.
+
+        Args:
+            max_norm: The largest norm, above 0.
+            parameters: Those of this rank that take part; ``None``: all.
 
         Returns:
             The norm before, float64, on all ranks.
@@ -138,12 +164,15 @@ class Pipeline(_Pipeline):
         activation_link: What happens to activations on their way; ``None`` sends them as they are.
         gradient_link: What happens to the gradients of activations.
         seed: Seed of dropout and of codecs that draw random numbers, the same on all ranks.
-        timeout: How long a rank waits for another one before it gives up.
+        timeout: How long a rank waits for another one before it gives up; with a ``group`` its own timeout holds.
+        group: The processes of this pipeline (gloo), whose order is that of the program's ranks; ``None``: all. So several
+            pipelines may run beside one another.
+        context: Entered for every forward of a stage, with the input and the loss, such as ``torch.autocast``.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
-        ValueError: The number of stages or ranks does not fit the program, the program is wrong, or the backend is not
-            gloo.
+        ValueError: The number of stages or ranks does not fit the program, the program is wrong, the backend is not
+            gloo, or this process is not in ``group``.
     """
 
     def __init__(
@@ -156,11 +185,13 @@ class Pipeline(_Pipeline):
         gradient_link: Link | None = None,
         seed: int = 0,
         timeout: timedelta = timedelta(minutes=30),
+        group: dist.ProcessGroup | None = None,
+        context: Context = nullcontext,
     ) -> None:
-        mail = ProcessMail(timeout)
+        mail = ProcessMail(timeout, group)
         if mail.size != program.ranks:
             raise ValueError(f"Pipeline(program=<'{program.name}' on {program.ranks} ranks>): there are {mail.size}")
-        super().__init__(stages, program, loss, inputs, activation_link, gradient_link, seed, [mail])
+        super().__init__(stages, program, loss, inputs, activation_link, gradient_link, seed, [mail], context)
 
     def _held(self, rank: int, stages: Sequence[nn.Module]) -> Mapping[tuple[int, int], nn.Module]:
         return stages_of(self.program, rank, stages)
@@ -179,10 +210,24 @@ class Pipeline(_Pipeline):
         """See :meth:`SimulatedPipeline.evaluate`."""
         return run(self.runners[0].evaluate(batch))
 
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """See :meth:`SimulatedPipeline.forward`."""
+        return run(self.runners[0].forward(x))
+
+    def share(self, owner: int, tensor: Tensor, label: str) -> Tensor:
+        """One rank's tensor for all; collective.
+
+        Args:
+            owner: The rank.
+            tensor: There what is sent, elsewhere a box of the same shape and dtype.
+            label: What it is, for the ledger.
+        """
+        return run(self.runners[0].share(owner, tensor, label))
+
+    def clip_grad_norm_(self, max_norm: float, parameters: Collection[nn.Parameter] | None = None) -> Tensor:
         """See :meth:`SimulatedPipeline.clip_grad_norm_`."""
         check_float("clip_grad_norm_", "max_norm", max_norm, 0.0, open_low=True)
-        return run(self.runners[0].clip(max_norm))
+        return run(self.runners[0].clip(max_norm, parameters))
 
 
 class SimulatedPipeline(_Pipeline):
@@ -236,7 +281,11 @@ class SimulatedPipeline(_Pipeline):
         """See :meth:`Pipeline.evaluate`."""
         return take_turns([runner.evaluate(batch) for runner in self.runners])[0]
 
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """See :meth:`Pipeline.forward`."""
+        return take_turns([runner.forward(x) for runner in self.runners])[0]
+
+    def clip_grad_norm_(self, max_norm: float, parameters: Collection[nn.Parameter] | None = None) -> Tensor:
         """See :meth:`Pipeline.clip_grad_norm_`."""
         check_float("clip_grad_norm_", "max_norm", max_norm, 0.0, open_low=True)
-        return take_turns([runner.clip(max_norm) for runner in self.runners])[0]
+        return take_turns([runner.clip(max_norm, parameters) for runner in self.runners])[0]

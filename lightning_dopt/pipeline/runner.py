@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from lightning_dopt._random import key
 from lightning_dopt.compress._wire import as_bytes, section
-from lightning_dopt.pipeline.batches import cut_batch, tensors
+from lightning_dopt.pipeline.batches import cut_batch, samples, tensors
 from lightning_dopt.pipeline.checker import message_of
 from lightning_dopt.pipeline.links import Link, Memory, Note, Plain, Spec
 from lightning_dopt.pipeline.mail import Mail, Talk
 from lightning_dopt.pipeline.program import Action, Program
 
 Loss = Callable[[Tensor, Any], Tensor]
+Context = Callable[[], AbstractContextManager[Any]]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIMENSIONS = 8
-_KINDS = ("activation", "gradient", "shape of activation", "loss", "gradient sum", "norm")
+_KINDS = ("activation", "gradient", "shape of activation", "loss", "gradient sum", "norm", "shape", "output", "shared")
 
 
 @dataclass
@@ -33,10 +34,12 @@ class _Pass:
     notes: list[Note]
     signatures: list[str]
     train: bool
+    loss: Loss | None
     inputs: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     outputs: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     gradients: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     losses: dict[int, Tensor] = field(default_factory=dict)
+    results: dict[int, Tensor] = field(default_factory=dict)
     learnt: dict[tuple[int, int, str], Spec] = field(default_factory=dict)
 
 
@@ -51,7 +54,8 @@ class Runner:
         mail: The way to the other ranks.
         activation_link: What happens to activations; ``None`` sends them as they are.
         gradient_link: What happens to the gradients of activations.
-        seed: Seed of codecs that draw random numbers, the same on all ranks.
+        seed: Seed of dropout and of codecs that draw random numbers, the same on all ranks.
+        context: Entered for every forward of a stage, with the input and the loss, such as ``torch.autocast``.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class Runner:
         activation_link: Link | None,
         gradient_link: Link | None,
         seed: int,
+        context: Context = nullcontext,
     ) -> None:
+        self.context = context
         self.program, self.stages, self.loss, self.inputs, self.mail = program, dict(stages), loss, inputs, mail
         self.links: dict[str, Link] = {"activation": activation_link or Plain(), "gradient": gradient_link or Plain()}
         self.seed = seed
@@ -78,13 +84,12 @@ class Runner:
         """Forward and backward of all micro-batches; adds to the gradients of the parameters. Result: the loss."""
         self.mail.step = self.step
         self.draws += fresh
-        run = self._begin(batch, fresh, samples, train=True)
+        run = self._begin(batch, fresh, samples, True, self.loss)
         parameters = [p for stage in self.stages.values() for p in stage.parameters() if p.requires_grad]
         held = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
-        for action in self.program.actions[self.mail.rank]:
-            yield from self._do(action, run)
+        yield from self._walk(run)
         if len(self.program.placement) > 1:
             yield from self._sum_copies()
         for p, before in zip(parameters, held, strict=True):
@@ -96,19 +101,43 @@ class Runner:
 
     def evaluate(self, batch: Any) -> Talk[Tensor]:
         """Forward of all micro-batches past the links. Result: the loss."""
-        run = self._begin(batch, True, None, train=False)
-        for action in self.program.actions[self.mail.rank]:
-            if action.kind in ("forward", "send_activation", "recv_activation"):
-                yield from self._do(action, run)
+        run = self._begin(batch, True, None, False, self.loss)
+        yield from self._walk(run)
         return (yield from self._end(run))
 
-    def clip(self, max_norm: float) -> Talk[Tensor]:
+    def forward(self, x: Tensor) -> Talk[Tensor]:
+        """The model's output for ``x``, without gradients and past the links. Result: the whole output."""
+        run = self._begin(x, True, None, False, None)
+        yield from self._walk(run)
+        pipes = {a.microbatch: a.pipe for actions in self.program.actions for a in actions}
+        for m in range(len(run.parts)):
+            owner = self.program.rank_of(pipes[m], self.program.stages - 1)
+            run.results[m] = yield from self._output(owner, run.results.get(m), m, x.device)
+        self.mail.finish()
+        return torch.cat([run.results[m] for m in range(len(run.parts))])
+
+    def share(self, owner: int, tensor: Tensor, label: str) -> Talk[Tensor]:
+        """A tensor of the rank ``owner``; on the others ``tensor`` is a box of the same shape and dtype."""
+        tag = self._tag("shared", 0, 0, 0)
+        if owner != self.mail.rank:
+            return (yield self.mail.expect(owner, tag, tensor, label))
+        self._post_to_all(tag, tensor, label)
+        self.mail.finish()
+        return tensor
+
+    def clip(self, max_norm: float, only: Collection[nn.Parameter] | None = None) -> Talk[Tensor]:
         """Scale all gradients such that their norm over all stages is at most ``max_norm``. Result: the norm before."""
         own = torch.zeros(1, dtype=torch.float64)
-        for (pipe, _), stage in self.stages.items():
-            for p in stage.parameters() if pipe == 0 else ():  # copies of a stage count once
-                if p.grad is not None:
-                    own += p.grad.detach().double().square().sum().cpu()
+        chosen = None if only is None else {id(p) for p in only}
+        clipped = [
+            (pipe, p)
+            for (pipe, _), stage in self.stages.items()
+            for p in stage.parameters()
+            if p.grad is not None and (chosen is None or id(p) in chosen)
+        ]
+        for pipe, p in clipped:
+            if pipe == 0 and p.grad is not None:  # copies of a stage count once
+                own += p.grad.detach().double().square().sum().cpu()
         tag, total = self._tag("norm", 0, 0, 0), torch.zeros(1, dtype=torch.float64)
         others = [peer for peer in range(self.mail.size) if peer != self.mail.rank]
         for peer in others:
@@ -118,19 +147,43 @@ class Runner:
         self.mail.finish()
         norm = total.sqrt().view(())
         factor = min(1.0, max_norm / (float(norm) + 1e-6))
-        for stage in self.stages.values():
-            for p in stage.parameters():
-                if p.grad is not None and factor < 1.0:
-                    p.grad.mul_(factor)
+        for _, p in clipped:
+            if p.grad is not None and factor < 1.0:
+                p.grad.mul_(factor)
         return norm
 
-    def _begin(self, batch: Any, fresh: bool, samples: Tensor | None, train: bool) -> _Pass:
-        count = self.program.microbatches
+    def _begin(self, batch: Any, fresh: bool, numbers: Tensor | None, train: bool, loss: Loss | None) -> _Pass:
+        count = min(self.program.microbatches, samples(batch))  # a short batch has fewer micro-batches
         parts, weights = cut_batch(batch, count)
-        ids = cut_batch(samples, count)[0] if samples is not None else [None] * count
+        ids = cut_batch(numbers, count)[0] if numbers is not None else [None] * count
         notes = [Note(m, fresh, ids[m], key(self.seed, self.step, m)) for m in range(count)]
         signatures = [repr([tuple(t.shape) for t in tensors(part)]) + str(train) for part in parts]
-        return _Pass(parts, weights, notes, signatures, train)
+        return _Pass(parts, weights, notes, signatures, train, loss)
+
+    def _walk(self, run: _Pass) -> Talk[None]:
+        """Do what the program says of the micro-batches that there are."""
+        for action in self.program.actions[self.mail.rank]:
+            forward = action.kind in ("forward", "send_activation", "recv_activation")
+            if action.microbatch < len(run.parts) and (run.train or forward):
+                yield from self._do(action, run)
+
+    def _output(self, owner: int, mine: Tensor | None, m: int, device: torch.device) -> Talk[Tensor]:
+        """The output of a micro-batch for all ranks."""
+        tags = self._tag("shape", 0, 0, m), self._tag("output", 0, 0, m)
+        if mine is not None:
+            spec = Spec(tuple(mine.shape), mine.dtype, mine.device)
+            self._post_to_all(tags[0], _header(spec), "shapes")
+            self._post_to_all(tags[1], as_bytes(mine), "outputs")
+            return mine
+        header = yield self.mail.expect(owner, tags[0], torch.zeros(DIMENSIONS + 2, dtype=torch.int64), "shapes")
+        spec = _read_header(header, device)
+        box = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
+        return Plain().decode((yield self.mail.expect(owner, tags[1], box, "outputs")), spec, {}, Note(m))
+
+    def _post_to_all(self, tag: int, tensor: Tensor, label: str) -> None:
+        for peer in range(self.mail.size):
+            if peer != self.mail.rank:
+                self.mail.post(peer, tag, tensor, label)
 
     def _end(self, run: _Pass) -> Talk[Tensor]:
         """All ranks learn the loss, and nothing stays under way."""
@@ -141,14 +194,13 @@ class Runner:
             tag = self._tag("loss", pipe, 0, 0)
             if owner == self.mail.rank:
                 mine = run.losses.get(pipe, torch.zeros((), dtype=torch.float64))
-                for peer in range(self.mail.size):
-                    if peer != owner:
-                        self.mail.post(peer, tag, mine.view(1), "loss")
+                self._post_to_all(tag, mine.view(1), "loss")
             else:
                 mine = (yield self.mail.expect(owner, tag, torch.zeros(1, dtype=torch.float64), "loss")).view(())
             total = total + mine
         self.mail.finish()
-        self.specs.update(run.learnt)
+        if run.train:
+            self.specs.update(run.learnt)
         return total
 
     def _do(self, action: Action, run: _Pass) -> Talk[None]:
@@ -169,13 +221,18 @@ class Runner:
     def _forward(self, action: Action, run: _Pass) -> None:
         pipe, stage, m = action.cell
         last = self.program.stages - 1
-        x = self.inputs(run.parts[m]) if stage == 0 else run.inputs.pop(action.cell)
+        x = self._input(m, run) if stage == 0 else run.inputs.pop(action.cell)
         if stage > 0 and run.train:
             x = run.inputs[action.cell] = x.requires_grad_()
-        with _random(self.seed, self.draws, stage, m, x.device):
+        with self.context(), _random(self.seed, self.draws, stage, m, x.device):
             y = self.stages[pipe, stage](x)
+        if stage == last and run.loss is None:
+            run.results[m] = y
+            return
         if stage == last:
-            y = self.loss(y, run.parts[m]) * run.weights[m]
+            assert run.loss is not None
+            with self.context(), _random(self.seed, self.draws, last + 1, m, x.device):
+                y = run.loss(y, run.parts[m]) * run.weights[m]
             run.losses[pipe] = run.losses.get(pipe, torch.zeros((), dtype=torch.float64)) + y.detach().double().cpu()
         elif not isinstance(y, Tensor) or y.dtype not in DTYPES:
             kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
@@ -184,6 +241,15 @@ class Runner:
             run.inputs[pipe, stage + 1, m] = y.detach()
         if run.train or (stage < last and not self.program.local(pipe, stage)):
             run.outputs[action.cell] = y
+
+    def _input(self, m: int, run: _Pass) -> Tensor:
+        """What the model is given; what is drawn for it, and again on the way to the loss, is the same."""
+        if run.loss is None:
+            whole: Tensor = run.parts[m]
+            return whole
+        device = next(tensors(run.parts[m])).device
+        with self.context(), _random(self.seed, self.draws, self.program.stages, m, device):
+            return self.inputs(run.parts[m])
 
     def _backward(self, action: Action, run: _Pass) -> None:
         pipe, stage, m = action.cell
@@ -203,7 +269,7 @@ class Runner:
         place = (pipe, boundary, run.signatures[m])
         spec = Spec(tuple(tensor.shape), tensor.dtype, tensor.device)
         if what == "activation":
-            known = self.specs.get(place)
+            known = self.specs.get(place) if run.train else None  # dtypes may differ in evaluation
             if known is None:
                 run.learnt[place] = spec
                 self.mail.post(peer, self._tag("shape of activation", pipe, boundary, m), _header(spec), "shapes")
@@ -222,7 +288,8 @@ class Runner:
         what, pipe, boundary, m = message
         peer = self.program.peer(action)
         place = (pipe, boundary, run.signatures[m])
-        spec = self.specs.get(place) or run.learnt.get(place) if what == "gradient" else self.specs.get(place)
+        known = self.specs.get(place) if run.train else None
+        spec = known or run.learnt.get(place) if what == "gradient" else known
         if spec is None:  # both ends decide by what was known before this step, so in any order of micro-batches
             box = torch.zeros(DIMENSIONS + 2, dtype=torch.int64)
             tag = self._tag("shape of activation", pipe, boundary, m)
