@@ -7,6 +7,7 @@ import faulthandler
 import io
 import os
 import pickle
+import random
 import signal
 import tempfile
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,6 +28,13 @@ import torch.distributed as dist
 from lightning_dopt import ProcessGroupWorld
 
 torch.set_num_threads(1)
+
+
+def _seed() -> None:
+    """The same random numbers whichever tests ran before in this process."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
 
 
 def _serve(rank: int, n: int, pipe: connection.Connection, folder: str) -> None:
@@ -39,6 +48,7 @@ def _serve(rank: int, n: int, pipe: connection.Connection, folder: str) -> None:
         except EOFError:
             os._exit(0)
         try:
+            _seed()
             world = ProcessGroupWorld(timeout=timedelta(seconds=50))
             answer = (True, function(world, *args))
             dist.destroy_process_group(world.group)
@@ -137,6 +147,12 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     for pool in pools.values():
         with contextlib.suppress(OSError):
             pool.close()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Tests that draw without a seed of their own draw the same every time."""
+    _seed()
 
 
 @pytest.fixture(autouse=True)
