@@ -12,11 +12,12 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,8 +56,17 @@ def on_ranks(job: Callable[[int], T], n: int) -> list[T]:
         return [pickle.loads(file.read_bytes()) for file in files]
 
 
+def _end_with_parent() -> None:
+    """Nobody waits for the result of a process whose parent was killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _serve(job: Callable[[int], T], rank: int, n: int, folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric"):
