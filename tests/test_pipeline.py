@@ -214,7 +214,7 @@ def test_balanced_is_the_smallest_largest_stage() -> None:
 
 
 def tied() -> nn.Sequential:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh())
     model[2].weight = model[0].weight
     return model
 
@@ -222,14 +222,21 @@ def tied() -> nn.Sequential:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: cut(nn.Linear(2, 2), 2), r"cut\(model=Linear\): must be an nn.Sequential"),
+        (lambda: cut(nn.Linear(2, 2), 2), r"cut\(stages=2\): the model has 0 modules only"),
+        (
+            lambda: cut(nn.Linear(2, 2), 2, how="sequential"),
+            r"cut\(model=Linear, how='sequential'\): must be an nn.Seq",
+        ),
         (lambda: cut(net(3)), r"cut\(stages=None, at=None\): give one of them"),
         (lambda: cut(net(3), 2, at=[1]), r"give one of them"),
         (lambda: cut(net(3), 9), r"cut\(stages=9\): the model has 5 modules only"),
         (lambda: cut(net(3), at=[3]), r"3 is no index from 1 to 2"),
         (lambda: cut(net(3), at=["head"]), r"no module 'head' can begin a stage; there are 0.0, 0.1"),
         (lambda: cut(net(3), at=[2, 1]), r"the stage that begins with '1' would leave none before it"),
-        (lambda: cut(tied(), 2), r"'0.weight' of stage 0 and '2.weight' of stage 1 are one tensor; .* trained apart"),
+        (
+            lambda: SimulatedPipeline(cut(tied(), at=[1, 2, 3]), bitpipe(2, 2), loss),
+            r"'0.weight' of stage 0 and '2.weight' of stage 2 are one tensor, which 'bitpipe' cannot train",
+        ),
         (
             lambda: SimulatedPipeline(cut(net(3), 2), gpipe(3, 2), loss),
             r"SimulatedPipeline\(stages=<2>\): 'gpipe' has 3",

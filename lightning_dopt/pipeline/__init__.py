@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from lightning_dopt.pipeline.batches import cut_batch
 from lightning_dopt.pipeline.checker import Report, check
-from lightning_dopt.pipeline.cut import Stage, cut
+from lightning_dopt.pipeline.cut import cut
+from lightning_dopt.pipeline.families import Family, register_family
 from lightning_dopt.pipeline.lazy import LazyClock, LazyLoader
 from lightning_dopt.pipeline.links import AQSGD, Clapping, Direct, Link
 from lightning_dopt.pipeline.pipeline import Pipeline, SimulatedPipeline
 from lightning_dopt.pipeline.program import Action, Program
 from lightning_dopt.pipeline.replay import Replay
 from lightning_dopt.pipeline.schedules import bitpipe, gpipe, interleaved, make_program, one_f_one_b
+from lightning_dopt.pipeline.stage import Stage
 from lightning_dopt.pipeline.timeline import timeline
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "Action",
     "Clapping",
     "Direct",
+    "Family",
     "LazyClock",
     "LazyLoader",
     "Link",
@@ -35,5 +38,6 @@ __all__ = [
     "interleaved",
     "make_program",
     "one_f_one_b",
+    "register_family",
     "timeline",
 ]

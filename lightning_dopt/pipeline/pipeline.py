@@ -19,6 +19,7 @@ from lightning_dopt.pipeline.links import Link
 from lightning_dopt.pipeline.mail import LocalMail, Mail, ProcessMail, run, take_turns
 from lightning_dopt.pipeline.program import Program
 from lightning_dopt.pipeline.runner import Context, Loss, Runner, stages_of
+from lightning_dopt.pipeline.tied import separate, ties
 
 
 def first_of(part: Any) -> Tensor:
@@ -51,6 +52,7 @@ class _Pipeline(ABC):
         self.links = [link for link in (activation_link, gradient_link) if link is not None]
         self.program = program
         self.report: Report = check(program)
+        found = ties(stages, program)
         self.runners = [
             Runner(
                 program,
@@ -65,6 +67,8 @@ class _Pipeline(ABC):
             )
             for mail in mails
         ]
+        for runner in self.runners:
+            runner.ties = found
 
     @abstractmethod
     def _held(self, rank: int, stages: Sequence[nn.Module]) -> Mapping[tuple[int, int], nn.Module]:
@@ -122,10 +126,9 @@ class _Pipeline(ABC):
         """
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that are trained here; of a bidirectional schedule in one process, both copies of each."""
+        """The parameters that are trained here, in one process every copy that a rank would have of them."""
         for runner in self.runners:
-            for held in sorted(runner.stages):
-                yield from runner.stages[held].parameters()
+            yield from runner.parameters()
 
     def _check_samples(self, samples: Tensor | None) -> None:
         if samples is None and any(link.by_sample for link in self.links):
@@ -235,7 +238,8 @@ class SimulatedPipeline(_Pipeline):
 
     For tests and for studies of accuracy: what a link does to training does not depend on where the ranks are. The
     arguments are those of :class:`Pipeline`. The stages are trained themselves; the second pipe of a bidirectional
-    schedule has a copy of them, and both copies get equal gradients.
+    schedule has a copy of them, a parameter that stages of several ranks share has a copy for each further rank, and all
+    copies get equal gradients.
 
     Args:
         stages: All stages of the model.
@@ -262,10 +266,11 @@ class SimulatedPipeline(_Pipeline):
     ) -> None:
         self._copies = [copy.deepcopy(stage) for stage in stages] if len(program.placement) > 1 else []
         mails = LocalMail.create(program.ranks)
+        self._ranks_own = separate(stages, program) if len(stages) == program.stages else list(stages)
         super().__init__(stages, program, loss, inputs, activation_link, gradient_link, seed, mails)
 
     def _held(self, rank: int, stages: Sequence[nn.Module]) -> Mapping[tuple[int, int], nn.Module]:
-        return {(pipe, stage): (self._copies if pipe else stages)[stage] for pipe, stage in self.program.held(rank)}
+        return {held: (self._copies if held[0] else self._ranks_own)[held[1]] for held in self.program.held(rank)}
 
     @property
     def ledgers(self) -> list[Ledger]:

@@ -17,12 +17,24 @@ from lightning_dopt.pipeline.checker import message_of
 from lightning_dopt.pipeline.links import Link, Memory, Note, Plain, Spec
 from lightning_dopt.pipeline.mail import Mail, Talk
 from lightning_dopt.pipeline.program import Action, Program
+from lightning_dopt.pipeline.tied import Tie
 
 Loss = Callable[[Tensor, Any], Tensor]
 Context = Callable[[], AbstractContextManager[Any]]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIMENSIONS = 8
-_KINDS = ("activation", "gradient", "shape of activation", "loss", "gradient sum", "norm", "shape", "output", "shared")
+_KINDS = (
+    "activation",
+    "gradient",
+    "shape of activation",
+    "loss",
+    "gradient sum",
+    "norm",
+    "shape",
+    "output",
+    "shared",
+    "tied gradient",
+)
 
 
 @dataclass
@@ -74,24 +86,31 @@ class Runner:
         self.program, self.stages, self.loss, self.inputs, self.mail = program, dict(stages), loss, inputs, mail
         self.links: dict[str, Link] = {"activation": activation_link or Plain(), "gradient": gradient_link or Plain()}
         self.seed = seed
+        self.ties: list[Tie] = []
+        """Parameters that other ranks train, too; see :mod:`lightning_dopt.pipeline.tied`."""
         self.step = 0
         self.draws = 0
         """How many new batches there were."""
         self.memories: dict[tuple[str, int, int], Memory] = {}
         self.specs: dict[tuple[int, int, str], Spec] = {}
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of this rank, each once."""
+        return list(dict.fromkeys(p for held in sorted(self.stages) for p in self.stages[held].parameters()))
+
     def train(self, batch: Any, fresh: bool, samples: Tensor | None) -> Talk[Tensor]:
         """Forward and backward of all micro-batches; adds to the gradients of the parameters. Result: the loss."""
         self.mail.step = self.step
         self.draws += fresh
         run = self._begin(batch, fresh, samples, True, self.loss)
-        parameters = [p for stage in self.stages.values() for p in stage.parameters() if p.requires_grad]
+        parameters = [p for p in self.parameters() if p.requires_grad]
         held = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
         yield from self._walk(run)
         if len(self.program.placement) > 1:
             yield from self._sum_copies()
+        yield from self._sum_ties()
         for p, before in zip(parameters, held, strict=True):
             if before is not None:
                 p.grad = before if p.grad is None else before.add_(p.grad)
@@ -129,14 +148,11 @@ class Runner:
         """Scale all gradients such that their norm over all stages is at most ``max_norm``. Result: the norm before."""
         own = torch.zeros(1, dtype=torch.float64)
         chosen = None if only is None else {id(p) for p in only}
-        clipped = [
-            (pipe, p)
-            for (pipe, _), stage in self.stages.items()
-            for p in stage.parameters()
-            if p.grad is not None and (chosen is None or id(p) in chosen)
-        ]
-        for pipe, p in clipped:
-            if pipe == 0 and p.grad is not None:  # copies of a stage count once
+        clipped = [p for p in self.parameters() if p.grad is not None and (chosen is None or id(p) in chosen)]
+        counted = {id(p) for (pipe, _), stage in self.stages.items() if pipe == 0 for p in stage.parameters()}
+        counted -= {id(p) for tie, p in self._tied() if tie.ranks[0] != self.mail.rank}
+        for p in clipped:
+            if id(p) in counted and p.grad is not None:  # copies of a stage, or of a parameter, count once
                 own += p.grad.detach().double().square().sum().cpu()
         tag, total = self._tag("norm", 0, 0, 0), torch.zeros(1, dtype=torch.float64)
         others = [peer for peer in range(self.mail.size) if peer != self.mail.rank]
@@ -147,7 +163,7 @@ class Runner:
         self.mail.finish()
         norm = total.sqrt().view(())
         factor = min(1.0, max_norm / (float(norm) + 1e-6))
-        for _, p in clipped:
+        for p in clipped:
             if p.grad is not None and factor < 1.0:
                 p.grad.mul_(factor)
         return norm
@@ -331,6 +347,29 @@ class Runner:
                 assert p.grad is not None
                 p.grad.add_(section(other, start, p.numel(), p.dtype).view(p.shape))
                 start += p.grad.nbytes
+
+    def _tied(self) -> list[tuple[Tie, nn.Parameter]]:
+        """The parameters of this rank that others train, too."""
+        mine = [(tie, tie.ranks.index(self.mail.rank)) for tie in self.ties if self.mail.rank in tie.ranks]
+        return [(tie, self.stages[0, tie.places[k][0]].get_parameter(tie.places[k][1])) for tie, k in mine]
+
+    def _sum_ties(self) -> Talk[None]:
+        """All ranks with a parameter get the sum of its gradients, equal in every bit."""
+        tied = [(tie, p) for tie, p in self._tied() if p.requires_grad]
+        tag = self._tag("tied gradient", 0, 0, 0)
+        for tie, p in tied:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            for peer in tie.ranks:
+                if peer != self.mail.rank:
+                    self.mail.post(peer, tag, p.grad.clone(), "tied gradients")
+        for tie, p in tied:
+            assert p.grad is not None
+            mine, total = p.grad.clone(), p.grad.zero_()
+            for peer in tie.ranks:  # in one order, so that all ranks get the same sum
+                if peer == self.mail.rank:
+                    total.add_(mine)
+                else:
+                    total.add_((yield self.mail.expect(peer, tag, torch.empty_like(mine), "tied gradients")))
 
     def _device(self, action: Action) -> torch.device:
         first = next(self.stages[action.pipe, action.stage].parameters(), None)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_dopt._checks import check_int
+from lightning_dopt.pipeline import Family, register_family
 from recipes.llm.model import LanguageModel, rotary, rotate
 
 
@@ -94,3 +95,6 @@ class Llama(LanguageModel):
         for block in self.layers:
             x = block(x, cos, sin)
         return self.head(self.norm(x))
+
+
+register_family(Llama, Family("layers", before=("embedding",), after=("norm", "head")))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_dopt._checks import check_float, check_int
+from lightning_dopt.pipeline import Family, register_family
 
 VOCABULARY = 256
 
@@ -251,3 +252,6 @@ class ByteGPT(LanguageModel):
                 text.append(int(torch.multinomial(chances, 1, generator=generator)))
         self.train(was_training)
         return bytes(text)
+
+
+register_family(ByteGPT, Family("blocks", before=("embedding",), after=("norm", "head")))
