@@ -11,7 +11,7 @@ from lightning_dopt.pipeline.links import AQSGD, Clapping, Direct, Link
 from lightning_dopt.pipeline.pipeline import Pipeline, SimulatedPipeline
 from lightning_dopt.pipeline.program import Action, Program
 from lightning_dopt.pipeline.replay import Replay
-from lightning_dopt.pipeline.schedules import bitpipe, gpipe, interleaved, make_program, one_f_one_b
+from lightning_dopt.pipeline.schedules import Schedule, bitpipe, gpipe, interleaved, make_program, one_f_one_b
 from lightning_dopt.pipeline.stage import Stage
 from lightning_dopt.pipeline.timeline import timeline
 
@@ -28,6 +28,7 @@ __all__ = [
     "Program",
     "Replay",
     "Report",
+    "Schedule",
     "SimulatedPipeline",
     "Stage",
     "bitpipe",

@@ -191,13 +191,18 @@ class Pipeline(_Pipeline):
         group: dist.ProcessGroup | None = None,
         context: Context = nullcontext,
     ) -> None:
-        mail = ProcessMail(timeout, group)
+        mail = self.mail = ProcessMail(timeout, group)
         if mail.size != program.ranks:
             raise ValueError(f"Pipeline(program=<'{program.name}' on {program.ranks} ranks>): there are {mail.size}")
         super().__init__(stages, program, loss, inputs, activation_link, gradient_link, seed, [mail], context)
 
     def _held(self, rank: int, stages: Sequence[nn.Module]) -> Mapping[tuple[int, int], nn.Module]:
         return stages_of(self.program, rank, stages)
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process in the pipeline."""
+        return self.mail.rank
 
     @property
     def ledger(self) -> Ledger:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
 
 
 class _ReachedNetwork(BaseException):
@@ -24,7 +28,7 @@ class Replay:
 
     ``inputs`` runs the step until it calls the network and returns what it would be given; ``loss`` runs it with an
     output in the network's place. Both fit the arguments of the same names of a pipeline, so that a module written for
-    Lightning trains in stages as it is. Meanwhile its ``log`` and ``log_dict`` do nothing.
+    Lightning trains in stages as it is. Meanwhile its ``log`` and ``log_dict`` do nothing, or what ``on_log`` says.
 
     The step must call the network exactly once, with one tensor, and its loss must be a mean over samples that depends on
     the batch and the network's output only (a penalty on weights would be lost).
@@ -51,6 +55,8 @@ class Replay:
         self.module, self.network, self.name, self.step = module, found, network, step
         self.batch_idx = 0
         """The number of the batch that the step is told, if it asks for one."""
+        self.on_log: Callable[..., None] = _nothing
+        """Called in the place of the module's ``log`` while a loss is computed; by default nothing is logged."""
 
     def inputs(self, batch: Any) -> Tensor:
         """What the step gives to the network for this batch.
@@ -84,7 +90,7 @@ class Replay:
             calls += 1
             return output
 
-        with self._network_is(answer):
+        with self._network_is(answer, self.on_log):
             result = self._run(batch)
         if calls != 1:
             raise ValueError(f"{self._where()}: must call '{self.name}' once, not {calls} times")
@@ -104,10 +110,16 @@ class Replay:
         return f"{type(self.module).__name__}.{self.step}"
 
     @contextmanager
-    def _network_is(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """With another forward of the network, and without logging."""
+    def _network_is(self, forward: Callable[..., Any], log: Callable[..., None] = _nothing) -> Iterator[None]:
+        """With another forward of the network, and another ``log``."""
+
+        def log_dict(dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+            for name, value in dictionary.items():
+                log(name, value, *args, **kwargs)
+
         replaced: list[tuple[nn.Module, str, Callable[..., Any]]] = [(self.network, "forward", forward)]
-        replaced += [(self.module, name, _nothing) for name in ("log", "log_dict") if hasattr(self.module, name)]
+        for name, function in (("log", log), ("log_dict", log_dict)):
+            replaced += [(self.module, name, function)] if hasattr(self.module, name) else []
         before = [vars(owner).get(name) for owner, name, _ in replaced]
         for owner, name, function in replaced:
             vars(owner)[name] = function
@@ -119,7 +131,3 @@ class Replay:
                     del vars(owner)[name]
                 else:
                     vars(owner)[name] = old
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None

@@ -21,6 +21,7 @@ from lightning_dopt.strategies.named import (
     LocalSGDStrategy,
     LoFiStrategy,
 )
+from lightning_dopt.strategies.pipeline import PipelineStrategy
 from lightning_dopt.strategies.replica import ReplicaStrategy
 from lightning_dopt.strategies.sharded import ShardedStrategy
 
@@ -39,6 +40,7 @@ __all__ = [
     "GossipStrategy",
     "LoFiStrategy",
     "LocalSGDStrategy",
+    "PipelineStrategy",
     "ReplicaStrategy",
     "ShardedStrategy",
     "SparkleStrategy",
@@ -52,6 +54,7 @@ WITHOUT_PLAN = {
     "sparkle": "bilevel: a correction of its own for each variable, exact diffusion by default (SPARKLE)",
     "async_local": "local steps at every rank's own speed, pushed to a hub that answers at once",
     "elastic_diloco": "DiLoCo whose workers may die, leave and join while the others go on; started by dopt workers",
+    "pipeline": "one model in stages over the ranks; its arguments choose schedule, cuts and what compresses the messages",
     "sharded": "FSDP2 with counted messages; its arguments compress them",
     "qsdp": "FSDP2 with unbiased 8-bit weights and gradients",
     "zeropp": "FSDP2 with int8 weights and int4 gradients in blocks, ZeRO++'s qwZ and qgZ",
@@ -61,6 +64,7 @@ WITHOUT_PLAN = {
 
 _WITHOUT = {
     "async_gossip": AsyncGossipStrategy,
+    "pipeline": PipelineStrategy,
     "async_local": AsyncLocalStrategy,
     "dsoba": DSOBAStrategy,
     "sparkle": SparkleStrategy,

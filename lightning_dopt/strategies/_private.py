@@ -115,3 +115,14 @@ def configures_model(module: Any) -> Iterator[None]:
             module.configure_model = before
         else:
             del module.configure_model
+
+
+def step_value(metric: Any) -> Any:
+    """What a torchmetrics ``Metric`` is worth in the step it was last called in; Lightning reads it from there, too."""
+    return getattr(metric, "_forward_cache", None)
+
+
+def set_step_value(metric: Any, value: Any) -> None:
+    """Give a metric the value of a step that another rank has taken, and let it not complain that it has seen none."""
+    metric._forward_cache = value
+    metric._update_count = max(1, getattr(metric, "_update_count", 1))

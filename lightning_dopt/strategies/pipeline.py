@@ -1,0 +1,482 @@
+"""PipelineStrategy: one model in stages, one or more on each rank."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from lightning_dopt._checks import check_choice, check_flag, check_int
+from lightning_dopt.comm.seal import digest
+from lightning_dopt.compress._wire import as_bytes
+from lightning_dopt.pipeline import Link, Pipeline, Program, Replay, Schedule, cut
+from lightning_dopt.pipeline.batches import tensors
+from lightning_dopt.strategies import _private, failure, replica_files, start
+from lightning_dopt.strategies import pipeline_checks as checks
+from lightning_dopt.strategies.collectives import Collectives
+from lightning_dopt.strategies.meter import log_ledger
+from lightning_dopt.strategies.pipeline_checkpoints import PipelineCheckpoints, forget
+from lightning_dopt.strategies.pipeline_lazy import LazyBatches
+from lightning_dopt.strategies.pipeline_logs import StepLogs
+from lightning_dopt.strategies.pipeline_loss import loss_with_gradients, take_gradients
+from lightning_dopt.strategies.pipeline_stages import StagesOfModule
+from lightning_dopt.strategies.replica import StartMethod
+from lightning_dopt.strategies.resumable_loader import is_stateful
+from lightning_dopt.strategies.rng import rng_state, set_rng_state
+from lightning_dopt.strategies.stop_signal import StopSignal
+from lightning_dopt.strategies.watch import Watch
+
+
+class PipelineStrategy(Collectives):
+    """Trains one model in stages: every rank holds some of its layers, and micro-batches go through them in turn.
+
+    The module stays as it is: its ``training_step`` is run in two halves, what comes before its network on the rank of the
+    first stage and what follows on that of the last (see :class:`~lightning_dopt.pipeline.Replay`). All ranks read the same
+    batches and log the same values. Steps of validation, test and prediction run on all ranks, with the network's output sent
+    to all of them.
+
+    Args:
+        split: Before which modules of the network stages begin: their indices or names, in order; ``None`` balances the
+            parameters. See :func:`~lightning_dopt.pipeline.cut`.
+        schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved"`` or ``"bitpipe"``.
+        num_microbatches: Parts that a batch is cut into. Of unequal size they count by their samples; a shorter batch has
+            as many as samples.
+        activation_link: What happens to activations on their way, such as ``Clapping("FU", 0.5, Int4())``; ``None`` sends
+            them as they are.
+        gradient_link: What happens to the gradients of activations.
+        chunks: Stages per rank with ``schedule="interleaved"``; ``None`` means 2.
+        network: The name in the module of the network that is cut.
+        samples: The entry of a batch (key or index) with the number in the data set of each sample, for ``AQSGD``.
+        whole_at_end: After ``fit`` give every rank the weights of all stages. ``False``: those of other stages stay away.
+        seed: Seed of dropout, lazy sampling and codecs that draw random numbers.
+        timeout: How long a rank waits for another one before it gives up.
+        process_group_backend: Of Lightning's own messages; those of the pipeline go over gloo.
+        start_method: How Lightning starts the processes.
+        accelerator: See ``DDPStrategy``.
+        parallel_devices: See ``DDPStrategy``.
+        cluster_environment: See ``DDPStrategy``.
+        checkpoint_io: See ``DDPStrategy``.
+        precision_plugin: See ``DDPStrategy``.
+
+    Raises:
+        ValueError: an argument that cannot work, when the strategy or the Trainer is made; a module that cannot be cut or
+            replayed, when a fit starts.
+    """
+
+    def __init__(
+        self,
+        split: Sequence[int | str] | None = None,
+        schedule: Schedule = "1f1b",
+        num_microbatches: int = 4,
+        activation_link: Link | None = None,
+        gradient_link: Link | None = None,
+        chunks: int | None = None,
+        network: str = "model",
+        samples: int | str | None = None,
+        whole_at_end: bool = True,
+        seed: int = 0,
+        timeout: timedelta = timedelta(minutes=30),
+        process_group_backend: str | None = None,
+        start_method: StartMethod = "popen",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        name = type(self).__name__
+        check_choice(name, "schedule", schedule, ("gpipe", "1f1b", "interleaved", "bitpipe"))
+        if chunks is not None and schedule != "interleaved":
+            raise ValueError(f"{name}(chunks={chunks!r}): only schedule='interleaved' chooses its stages per rank")
+        if isinstance(split, str) or not all(isinstance(entry, (int, str)) for entry in split or ()):
+            raise ValueError(f"{name}(split={split!r}): must be a list of indices or names, or None")
+        for option, link in (("activation_link", activation_link), ("gradient_link", gradient_link)):
+            if link is not None and not isinstance(link, Link):
+                raise ValueError(f"{name}({option}={link!r}): must be a link such as Direct(codec), or None")
+        check_choice(name, "start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
+        if timeout <= timedelta(0):
+            raise ValueError(f"{name}(timeout={timeout!r}): must be longer than zero")
+        self.split = list(split) if split is not None else None
+        self.schedule, self.chunks, self.network, self.samples = schedule, chunks, network, samples
+        self.num_microbatches = check_int(name, "num_microbatches", num_microbatches, 1)
+        self.activation_link, self.gradient_link = activation_link, gradient_link
+        self.links = [link for link in (activation_link, gradient_link) if link is not None]
+        self.probability = checks.check_links(self.links, samples)
+        self.whole_at_end = check_flag(name, "whole_at_end", whole_at_end)
+        self.seed = check_int(name, "seed", seed, 0)
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.timeout = timeout
+        self.steps = 0
+        """Optimizer steps taken."""
+        self.pipeline: Pipeline | None = None
+        self.parts: StagesOfModule | None = None
+        self._checkpoints = PipelineCheckpoints(self)
+        self._lazy: LazyBatches | None = None
+        self._undo: list[Callable[[], object]] = []
+
+    # ------------------------------------------------------------------ start
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """All ranks read the same batches: there is one replica."""
+        return {"num_replicas": 1, "rank": 0}
+
+    def set_world_ranks(self) -> None:
+        """Called while the Trainer is made, before any process starts: the place to refuse what cannot work."""
+        super().set_world_ranks()
+        name = type(self).__name__
+        if _private.layer_sync(self) is not None:
+            raise ValueError("Trainer(sync_batchnorm=True): every rank has layers of its own; leave it out")
+        if self._start_method == "popen" and hasattr(sys, "ps1"):
+            raise ValueError(
+                f"{name}(start_method='popen'): a notebook cannot be started again as a script; use start_method='fork', or "
+                "strategy='pipeline_notebook'"
+            )
+        checks.check_devices(self.parallel_devices, self.precision_plugin)
+        program = self._program()
+        if self.split is not None and len(self.split) + 1 != program.stages:
+            raise ValueError(
+                f"{name}(split={self.split!r}): makes {len(self.split) + 1} stages, but {self.schedule!r} on {program.ranks} "
+                f"processes has {program.stages}"
+            )
+
+    def _program(self) -> Program:
+        size = self.num_nodes * self.num_processes
+        return checks.program_for(self.schedule, size, self.num_microbatches, self.chunks)
+
+    def setup_environment(self) -> None:
+        """Make the process groups (again for each ``fit`` or ``validate``, but only once in a process).
+
+        Raises:
+            SyncError: not all processes came within ``timeout``.
+        """
+        start.warn_of_stale_addresses()
+        with failure.meeting(self, self.timeout):
+            super().setup_environment()
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            self._watch = Watch(_private.default_store(), self.global_rank, self.world_size)
+            self._watch.start()
+
+    def configure_ddp(self) -> None:
+        """Nothing is wrapped."""
+
+    def setup(self, trainer: Any) -> None:
+        """Cut the module, and make the pipeline and the optimizers of this rank's stages.
+
+        Raises:
+            ValueError: a module that cannot be cut or replayed, a callback or an optimizer that needs the whole model.
+        """
+        module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
+        assert module is not None
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        if fitting:
+            checks.check_module(module, trainer.callbacks)
+        self.model = self.precision_plugin.convert_module(module)
+        self.model_to_device()
+        self._cut(module, fitting)
+        if fitting:
+            with self._answers("start of random numbers"):
+                set_rng_state(self.broadcast(rng_state()))
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        self._patch(module, trainer, fitting)
+
+    def _cut(self, module: LightningModule, fitting: bool) -> None:
+        """Make stages of the network, and a pipeline of them."""
+        program = self._program()
+        with checks.own_names():
+            replay = Replay(module, self.network) if fitting else None
+            network = module.get_submodule(self.network)
+            stages = cut(network, program.stages) if self.split is None else cut(network, at=self.split)
+        holders = [[program.rank_of(p, s) for p in range(len(program.placement))] for s in range(program.stages)]
+        self.parts = StagesOfModule(module, stages, holders, self.global_rank)
+        if not self.parts.freed:
+            with self._answers("start of the stages"):
+                self.parts.spread()
+        elif self.parts.missing():
+            raise ValueError(
+                f"{type(self).__name__}: '{self.parts.missing()[0]}' is on another rank since an earlier fit; load a checkpoint "
+                "into a new module"
+            )
+        if fitting:
+            self.parts.free()
+        self._replay, self._names = replay, [getattr(stage, "names", ()) for stage in stages]
+        before, self.pipeline = (
+            self.pipeline,
+            Pipeline(
+                stages,
+                program,
+                self._loss,
+                self._inputs,
+                self.activation_link,
+                self.gradient_link,
+                self.seed,
+                self.timeout,
+                self.pipeline.mail.group if self.pipeline is not None else None,
+                self.precision_plugin.train_step_context,
+            ),
+        )
+        self.pipeline.mail.diagnose = self._diagnose
+        if before is not None and not fitting:  # an evaluation between two fits
+            self.pipeline.load_state_dict(before.state_dict())
+        self._logs = StepLogs(module, self.pipeline)
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Make the optimizers as for the whole model; those of other ranks' parameters never get a gradient."""
+        super().setup_optimizers(trainer)
+        module, parts = self.lightning_module, self.parts
+        assert module is not None
+        assert parts is not None
+        checks.check_optimizers(self.optimizers, list(module.parameters()))
+        for optimizer in self.optimizers:
+            forget(optimizer, parts.own)
+
+    def _patch(self, module: LightningModule, trainer: Any, fitting: bool) -> None:
+        """Put what runs over all stages in the place of what would run here alone, until :meth:`teardown`."""
+        network = module.get_submodule(self.network)
+        vars(network)["forward"] = self._forward
+        self._undo.append(lambda: vars(network).pop("forward"))
+        for metric in (m for m in module.modules() if isinstance(m, Metric)):
+            self._let_apart(metric)
+        if not fitting:
+            return
+        plugin = self.precision_plugin = self.precision_plugin
+        vars(plugin)["clip_grad_by_norm"] = self._clip_by_norm
+        self._undo.append(lambda: vars(plugin).pop("clip_grad_by_norm"))
+        self.steps = 0
+        self._checkpoints.restore()
+        if self.probability is not None:
+            checks.warn_of_repeats(module, trainer.accumulate_grad_batches, self.probability)
+        self._undo.append(StopSignal(trainer, lambda: True, self._ask_zero, True).undo)
+
+    def _let_apart(self, metric: Metric) -> None:
+        """Evaluation updates a metric alike on all ranks, which must not be summed; a training step on one rank only."""
+        before, logs = metric.distributed_available_fn, self._logs
+        metric.distributed_available_fn = lambda: id(metric) in logs.apart and before()
+        self._undo.append(lambda: setattr(metric, "distributed_available_fn", before))
+
+    # ------------------------------------------------------------------ the step
+
+    def on_train_start(self) -> None:
+        """Restore random states."""
+        super().on_train_start()
+        self._checkpoints.resume.on_train_start(self._trainer)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward and backward of a batch through all stages; its loss, with the gradients of this rank's stages."""
+        assert self.pipeline is not None
+        assert self.parts is not None
+        assert self._replay is not None
+        batch, number = args[0] if args else kwargs["batch"], self._trainer.fit_loop.batch_idx
+        if number == 0:
+            self._compare(batch)
+        fresh = self._lazy is None or self._lazy.fresh(self._trainer.current_epoch, number)
+        self._replay.batch_idx = number
+        own = self.parts.own
+        held = take_gradients(own)
+        self._logs.begin(batch)
+        value = self.pipeline.step(batch, fresh, checks.number_of(batch, self.samples))
+        gradients = take_gradients(own, held)
+        self._logs.share()
+        dtype = next((p.dtype for p in self.parts.module.parameters()), torch.float32)
+        value = value.to(torch.promote_types(dtype, torch.float32))
+        return loss_with_gradients(value, own, gradients)
+
+    def _loss(self, output: Tensor, part: Any) -> Tensor:
+        assert self._replay is not None
+        self._replay.on_log = self._logs.log
+        self._logs.microbatch(part)
+        return self._replay.loss(output, part)
+
+    def _inputs(self, part: Any) -> Tensor:
+        assert self._replay is not None
+        return self._replay.inputs(part)
+
+    def _compare(self, batch: Any) -> None:
+        """Refuse batches that differ between ranks, once per epoch."""
+        sums = [int(digest(as_bytes(t.detach()), 0)) for t in tensors(batch)]
+        found: list[Any] = [None] * self.world_size
+        with self._answers("comparison of batches"):
+            dist.all_gather_object(found, sums)
+        if any(other != found[0] for other in found):
+            raise ValueError(
+                f"{type(self).__name__}: ranks read different batches; all stages work on the same one, so load the same data in "
+                "the same order on all ranks"
+            )
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """One optimizer step of this rank's stages."""
+        assert self.pipeline is not None
+        assert self.lightning_module is not None
+        out = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.steps += 1
+        log_ledger(self.lightning_module, self.pipeline.ledger, self.steps)
+        return out
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """Clip by the norm over the stages of all ranks, in the place of the precision plugin's method."""
+        assert self.pipeline is not None
+        chosen = [p for group in optimizer.param_groups for p in group["params"]]
+        self.pipeline.clip_grad_norm_(float(clip_val), chosen)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The network's forward over all stages, without gradients; its output on every rank."""
+        assert self.pipeline is not None
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise ValueError(f"{type(self).__name__}: {self.network!r} must be called with one tensor and nothing else")
+        return self.pipeline.forward(args[0])
+
+    def on_validation_start(self) -> None:
+        """Hold the random generators."""
+        super().on_validation_start()
+        self._checkpoints.resume.on_validation_start(self._trainer)
+
+    def on_validation_end(self) -> None:
+        """Put the random generators back."""
+        self._checkpoints.resume.on_validation_end()
+        super().on_validation_end()
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """The tensor itself: all ranks have one value, as they are one replica."""
+        return tensor
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all ranks, or any, decided so."""
+        total = torch.tensor(int(decision), device=self.root_device)
+        with self._answers("decision"):
+            dist.all_reduce(total)
+        return int(total) == self.world_size if all else bool(total)
+
+    def on_train_end(self) -> None:
+        """Make the module whole again."""
+        if self.parts is not None and not self.interrupted:
+            self._checkpoints.resume.on_train_end(self._trainer)
+            if self.whole_at_end:
+                with self._answers("weights of all stages"):
+                    self.parts.fill()
+        super().on_train_end()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def signature(self) -> str:
+        """What the memories of links depend on."""
+        cuts = ", ".join("+".join(names) for names in self._names)
+        return (
+            f"{self.schedule} with {self.num_microbatches} micro-batches, stages ({cuts}), activation_link="
+            f"{self.activation_link!r}, gradient_link={self.gradient_link!r}, seed={self.seed}"
+        )
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """That of the whole model on the rank that writes it. Collective."""
+        if self.parts is None or self.interrupted:
+            return super().lightning_module_state_dict()
+        with self._answers("weights for a checkpoint"):
+            return self.parts.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """That of the whole model on the rank that writes it. Collective."""
+        inner = _private.unwrap_optimizer(optimizer)
+        if self.parts is None or self.interrupted:
+            return super().optimizer_state(inner)
+        with self._answers("optimizer states for a checkpoint"):
+            return self._checkpoints.optimizer_state(inner)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """One small file per rank, then the main file with the whole model."""
+        write = super().save_checkpoint
+        self._checkpoints.save(checkpoint, filepath, lambda c, p: write(c, p, storage_options), storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The whole model, with this rank's own state if training is resumed."""
+        read = super().load_checkpoint
+        return self._checkpoints.load(checkpoint_path, lambda path: read(path, **kwargs))
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """The weights that this rank holds."""
+        if self.parts is not None and self.parts.freed:
+            self.parts.load_state_dict(checkpoint["state_dict"], strict)
+        else:
+            super().load_model_state_dict(checkpoint, strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """The states of the parameters that this rank holds."""
+        self._checkpoints.load_optimizers(checkpoint)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint and the ranks' files."""
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero:
+            replica_files.remove(filepath)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Repeat batches, if a link wants lazy sampling, and make the loader resumable in the middle of an epoch."""
+        loader = super().process_dataloader(dataloader)
+        trainer = self._trainer
+        if self.probability is not None and trainer.state.fn == TrainerFn.FITTING and trainer.training:
+            if is_stateful(loader):
+                raise ValueError(
+                    f"Clapping: {type(loader).__name__} keeps its own position; use an ordinary DataLoader"
+                )
+            loader = self._lazy = LazyBatches(loader, self.probability, self.seed, lambda: trainer.current_epoch)
+        return self._checkpoints.resume.wrap(loader, trainer)
+
+    # ------------------------------------------------------------------ failure and end
+
+    @property
+    def _trainer(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
+    def _step(self) -> int:
+        return self.pipeline.runners[0].step if self.pipeline is not None else 0
+
+    def _diagnose(self, label: str, step: int) -> str:
+        """Who is missing, with the stages that they hold."""
+        who = self._watch.diagnose(label, step) if self._watch is not None else ""
+        named = re.match(r"rank(?:\(s\))? (\d+)", who)
+        if named is None or self.pipeline is None:
+            return who
+        held = sorted({stage for _, stage in self.pipeline.program.held(int(named[1]))})
+        return f"{who}; rank {named[1]} has stage {', '.join(map(str, held))}"
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other ranks."""
+        super().on_exception(exception)
+        if self._watch is not None:
+            self._watch.failed(exception, self._step)
+
+    def teardown(self) -> None:
+        """Undo everything local; nothing here waits for other ranks."""
+        while self._undo:
+            self._undo.pop()()
+        if self._watch is not None:
+            self._watch.stop()
+        self._lazy = None
+        self._checkpoints.resume.teardown()
+        super().teardown()
