@@ -35,7 +35,7 @@ class Replay:
 
     Args:
         module: The module with the step, such as a ``LightningModule``.
-        network: The name of the network in it; all parameters that are trained must be inside.
+        network: The name of the network in it, ``""`` for the module itself; all parameters that are trained must be inside.
         step: The name of the step.
 
     Raises:
@@ -44,7 +44,7 @@ class Replay:
 
     def __init__(self, module: nn.Module, network: str = "model", step: str = "training_step") -> None:
         found = dict(module.named_modules()).get(network)
-        if found is None or found is module:
+        if found is None:
             raise ValueError(f"Replay(network={network!r}): {type(module).__name__} has no such module")
         if not callable(getattr(module, step, None)):
             raise ValueError(f"Replay(step={step!r}): {type(module).__name__} has no such method")
@@ -73,9 +73,11 @@ class Replay:
                 self._run(batch)
         except _ReachedNetwork as reached:
             if len(reached.given) != 1 or reached.named or not isinstance(reached.given[0], Tensor):
-                raise ValueError(f"{self._where()}: must call '{self.name}' with one tensor and nothing else") from None
+                raise ValueError(
+                    f"{self._where()}: must call {self._called()} with one tensor and nothing else"
+                ) from None
             return reached.given[0]
-        raise ValueError(f"{self._where()}: does not call '{self.name}'")
+        raise ValueError(f"{self._where()}: does not call {self._called()}")
 
     def loss(self, output: Tensor, batch: Any) -> Tensor:
         """The loss of the step if the network gave this output.
@@ -93,7 +95,7 @@ class Replay:
         with self._network_is(answer, self.on_log):
             result = self._run(batch)
         if calls != 1:
-            raise ValueError(f"{self._where()}: must call '{self.name}' once, not {calls} times")
+            raise ValueError(f"{self._where()}: must call {self._called()} once, not {calls} times")
         value = result.get("loss") if isinstance(result, dict) else result
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(
@@ -105,6 +107,9 @@ class Replay:
         step = getattr(self.module, self.step)
         names = list(inspect.signature(step).parameters)
         return step(batch, self.batch_idx) if len(names) > 1 else step(batch)
+
+    def _called(self) -> str:
+        return repr(self.name) if self.name else "the module itself"
 
     def _where(self) -> str:
         return f"{type(self.module).__name__}.{self.step}"

@@ -57,7 +57,7 @@ class PipelineStrategy(Collectives):
             them as they are.
         gradient_link: What happens to the gradients of activations.
         chunks: Stages per rank with ``schedule="interleaved"``; ``None`` means 2.
-        network: The name in the module of the network that is cut.
+        network: The name in the module of the network that is cut; ``""`` for the module itself, which its step then calls.
         samples: The entry of a batch (key or index) with the number in the data set of each sample, for ``AQSGD``.
         whole_at_end: After ``fit`` give every rank the weights of all stages. ``False``: those of other stages stay away.
         seed: Seed of dropout, lazy sampling and codecs that draw random numbers.

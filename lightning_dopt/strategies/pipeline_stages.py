@@ -20,7 +20,7 @@ class StagesOfModule:
     Args:
         module: The whole module.
         stages: All stages of a network in it, which share its tensors.
-        holders: For each stage the ranks of the default group that hold it; the first one speaks for it.
+        holders: For each stage the ranks of the default group that hold it; the first one speaks for its tensors.
         rank: This rank in the default group.
         zero: The rank that has all values before, and is given all of them for checkpoints.
     """
@@ -28,44 +28,45 @@ class StagesOfModule:
     def __init__(
         self, module: nn.Module, stages: Sequence[nn.Module], holders: Sequence[Sequence[int]], rank: int, zero: int = 0
     ) -> None:
-        self.module, self.holders, self.rank, self.zero = module, holders, rank, zero
-        place: dict[int, int] = {}
-        for k, stage in enumerate(stages):
+        self.module, self.rank, self.zero = module, rank, zero
+        self.ranks = sorted({r for row in holders for r in row})
+        places: dict[int, list[int]] = {}
+        for stage, row in zip(stages, holders, strict=True):
             for tensor in (*stage.parameters(), *stage.buffers()):
-                place.setdefault(id(tensor), k)
-        self.stage_of = {name: place[id(t)] for name, t in _named(module) if id(t) in place}
-        """The stage of each parameter and buffer of the network, by its name in the module, in one order on all ranks."""
+                places[id(tensor)] = list(dict.fromkeys([*places.get(id(tensor), []), *row]))
+        self.holders = {name: places[id(t)] for name, t in _named(module) if id(t) in places}
+        """The ranks that hold each parameter and buffer of the network, by its name in the module, in one order on all ranks."""
 
     @property
     def foreign(self) -> list[str]:
         """Names of what other ranks hold."""
-        return [name for name, stage in self.stage_of.items() if self.rank not in self.holders[stage]]
+        return [name for name, ranks in self.holders.items() if self.rank not in ranks]
 
     @property
     def own(self) -> list[nn.Parameter]:
         """The parameters that are trained here."""
         foreign, parameters = set(self.foreign), dict(self.module.named_parameters())
-        return [p for n, p in parameters.items() if n in self.stage_of and n not in foreign and p.requires_grad]
+        return [p for n, p in parameters.items() if n in self.holders and n not in foreign and p.requires_grad]
 
     @property
     def freed(self) -> bool:
         """Whether values of other stages are not here."""
         tensors = dict(_named(self.module))
-        return any(is_placeholder(tensors[name]) for name in self.stage_of)
+        return any(is_placeholder(tensors[name]) for name in self.holders)
 
     def missing(self) -> list[str]:
         """Names of what should be here and is not."""
         foreign, tensors = set(self.foreign), dict(_named(self.module))
-        return [name for name in self.stage_of if name not in foreign and is_placeholder(tensors[name])]
+        return [name for name in self.holders if name not in foreign and is_placeholder(tensors[name])]
 
     def spread(self) -> None:
         """Give every stage's holders, and what is outside of all stages to all, the values of the rank ``zero``. Collective."""
         with torch.no_grad():
             for name, tensor in _once(self.module):
-                if name not in self.stage_of:
+                if name not in self.holders:
                     dist.broadcast(tensor.data, self.zero)
                     continue
-                for peer in self.holders[self.stage_of[name]]:
+                for peer in self.holders[name]:
                     self._move(tensor.data, self.zero, peer)
 
     def free(self) -> None:
@@ -79,16 +80,16 @@ class StagesOfModule:
         """Make the module whole again, on every rank. Collective."""
         with torch.no_grad():
             for name, tensor in _once(self.module):
-                if name in self.stage_of:
+                if name in self.holders:
                     if is_placeholder(tensor):
                         tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                    dist.broadcast(tensor.data, self.holders[self.stage_of[name]][0])
+                    dist.broadcast(tensor.data, self.holders[name][0])
 
     def state_dict(self) -> dict[str, Any]:
         """The module's own, on the rank ``zero`` with the values of all stages, elsewhere with its own. Collective."""
         state: dict[str, Any] = self.module.state_dict()
         for name, value in state.items():
-            source = self.holders[self.stage_of[name]][0] if name in self.stage_of else self.zero
+            source = self.holders[name][0] if name in self.holders else self.zero
             if source == self.zero or not isinstance(value, Tensor):
                 continue
             if self.rank == self.zero:
@@ -115,12 +116,11 @@ class StagesOfModule:
 
     def collect(self, mine: Any) -> list[Any]:
         """On the rank ``zero`` what every rank of these stages gave, in their order; elsewhere nothing. Collective."""
-        ranks = sorted({rank for row in self.holders for rank in row})
         if self.rank != self.zero:
             dist.send_object_list([mine], self.zero)
             return []
         answers = []
-        for peer in ranks:
+        for peer in self.ranks:
             box: list[Any] = [mine]
             if peer != self.zero:
                 dist.recv_object_list(box, peer)
