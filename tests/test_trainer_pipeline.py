@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainer_tools import on_ranks, trainer
 
-from lightning_dopt import PipelineStrategy
+from lightning_dopt import Int4, PipelineStrategy
+from lightning_dopt.pipeline import AQSGD, Clapping, Direct
+from lightning_dopt.strategies.pipeline_lazy import LazyBatches
 
 pytestmark = pytest.mark.trainer
 
@@ -160,3 +162,202 @@ def test_equals_one_process(tmp_path: Path) -> None:
     plain(longer, max_epochs=3)
     for key, value in longer.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, atol=1e-10, rtol=1e-10)
+
+
+# ---------------------------------------------------------------------- resume
+
+
+class Losses(Callback):
+    """Losses by batch, and the memories of the links at the end."""
+
+    def __init__(self, strategy: PipelineStrategy) -> None:
+        self.strategy = strategy
+        self.rows: list[float] = []
+        self.memories: Any = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        assert self.strategy.pipeline is not None
+        self.rows.append(float(outputs["loss"]))
+        states = self.strategy.pipeline.state_dict().values()
+        self.memories = [{key: value for key, value in state.items() if key != "specs"} for state in states]
+
+
+class Numbered(Classifier):
+    """Its batches have the numbers of their samples first."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch[1:], batch_idx)
+
+
+def packed(kind: str) -> PipelineStrategy:
+    codec = Int4(block=8)
+    if kind == "aqsgd":
+        return PipelineStrategy(activation_link=AQSGD(codec), gradient_link=Direct(codec), samples=0)
+    link = Clapping("FU" if kind == "fu" else "FC", 0.5, codec)
+    return PipelineStrategy(activation_link=link, gradient_link=link, schedule="1f1b", num_microbatches=3)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a.equal(b) if isinstance(a, Tensor) else bool(a == b)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resume_is_exact(tmp_path: Path) -> None:
+    """With memories of links, repeated batches, dropout and shuffling; in the middle of an epoch, and with other stages."""
+    numbers = TensorDataset(torch.arange(22), *data(dtype=torch.float32).dataset.tensors)  # type: ignore[attr-defined]
+
+    def run(rank: int, kind: str, folder: Path, path: Any = None, **options: Any) -> tuple[list[float], Any, Any]:
+        torch.manual_seed(rank)
+        strategy = packed(kind)
+        module = (Numbered if kind == "aqsgd" else Classifier)(0.3, torch.float32)
+        losses = Losses(strategy)
+        saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        dataset = numbers if kind == "aqsgd" else data(dtype=torch.float32).dataset
+        fitter = trainer(strategy, options.pop("devices", 2), max_epochs=2, callbacks=[losses, saver], **options)
+        fitter.fit(module, DataLoader(dataset, batch_size=5, shuffle=True), ckpt_path=path)
+        return losses.rows, whole(module), losses.memories
+
+    def job(rank: int) -> Any:
+        told = []
+        for kind in ("fu", "fc", "aqsgd"):
+            folder = tmp_path / kind
+            full, weights, memories = run(rank, kind, folder)
+            for step in (3, 7) if kind == "fu" else (4,):
+                rest, again, after = run(rank, kind, tmp_path / "again", folder / f"step={step}.ckpt")
+                assert rest == full[step:], (kind, step)
+                assert same(again, weights)
+                assert same(after, memories)
+            told.append((full, weights))
+        return told
+
+    answers = on_ranks(job, 2)
+    lengths = [len(losses) for losses, _ in answers[0]]
+    assert lengths[0] == lengths[1] > 10, "batches are repeated"
+    assert lengths[2] == 10
+    assert same(answers[0], answers[1])
+
+    def alone(rank: int) -> Any:
+        with pytest.warns(
+            UserWarning, match="was written by 2 ranks, this run has 1: weights and optimizer states go on"
+        ):
+            return run(rank, "fu", tmp_path / "alone", tmp_path / "fu" / "step=3.ckpt", devices=1)
+
+    rows, weights, _ = on_ranks(alone, 1)[0]
+    assert len(rows) > 5
+    assert not any(t.isnan().any() for t in weights.values())
+
+
+def test_lazy_batches() -> None:
+    """Every batch of an epoch once or more in a row; epochs of one length, in another order."""
+    now = 0
+    batches = [[k] for k in range(200)]
+    lazy = LazyBatches(batches, 0.4, 0, lambda: now)
+    counts = []
+    for now in (0, 1, 2):
+        given = list(lazy)
+        assert len(given) == len(lazy)
+        order = [batch for step, batch in enumerate(given) if lazy.fresh(now, step)]
+        assert order == batches
+        assert all(b is given[step - 1] for step, b in enumerate(given) if not lazy.fresh(now, step))
+        counts.append([given.count(b) for b in batches])
+    assert counts[0] != counts[1] != counts[2]
+    assert sorted(counts[0]) == sorted(counts[1])
+    assert 200 / 0.4 * 0.85 < len(lazy) < 200 / 0.4 * 1.15
+    assert counts[0].count(1) / 200 == pytest.approx(0.4, abs=0.1), "geometric"
+    endless = LazyBatches((b for b in batches), 0.4, 0, lambda: 0)
+    given = list(endless)
+    assert [b for step, b in enumerate(given) if endless.fresh(0, step)] == batches
+    with pytest.raises(TypeError):
+        len(endless)
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+class ByHand(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Outside(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def made(**options: Any) -> Any:
+    return lambda: trainer(PipelineStrategy(**options), 3)
+
+
+def clapping(probability: float) -> Clapping:
+    return Clapping("FU", probability, Int4())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (made(schedule="1f2b"), r"PipelineStrategy\(schedule='1f2b'\): must be one of 'gpipe'"),
+        (made(schedule="bitpipe"), r"PipelineStrategy\(schedule='bitpipe'\) .* on 3 processes: must be even"),
+        (
+            made(schedule="interleaved", num_microbatches=4),
+            r"PipelineStrategy\(num_microbatches=4\) with schedule 'interleaved' on 3 processes: must be a multiple",
+        ),
+        (made(num_microbatches=0), r"PipelineStrategy\(num_microbatches=0\): must be an integer of at least 1"),
+        (made(chunks=2), r"PipelineStrategy\(chunks=2\): only schedule='interleaved'"),
+        (made(split=[1]), r"PipelineStrategy\(split=\[1\]\): makes 2 stages, but '1f1b' on 3 processes has 3"),
+        (made(split="head"), r"PipelineStrategy\(split='head'\): must be a list"),
+        (made(activation_link=Int4()), r"PipelineStrategy\(activation_link=Int4\(.*\)\): must be a link"),
+        (made(activation_link=AQSGD(Int4())), r"PipelineStrategy\(samples=None\): AQSGD needs the entry"),
+        (made(samples="id"), r"PipelineStrategy\(samples='id'\): only AQSGD"),
+        (
+            made(activation_link=clapping(0.5), gradient_link=clapping(0.2)),
+            r"PipelineStrategy\(activation_link, gradient_link\): both must have one probability, not \[0.2, 0.5\]",
+        ),
+        (lambda: trainer(PipelineStrategy(), 2, sync_batchnorm=True), r"Trainer\(sync_batchnorm=True\)"),
+    ],
+)
+def test_refused_before_processes_start(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{message}[^\n]*$"):
+        make()
+
+
+def test_refused_when_training_starts() -> None:
+    """In one process, which is enough for what is wrong with a module."""
+
+    def refusal(module: LightningModule, strategy: PipelineStrategy | None = None, **options: Any) -> str:
+        with pytest.raises(ValueError, match="PipelineStrategy") as error:
+            trainer(strategy or PipelineStrategy(), 1, max_epochs=1, **options).fit(module, data())
+        return str(error.value)
+
+    def job(rank: int) -> list[str]:
+        from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+        lbfgs = Classifier()
+        lbfgs.configure_optimizers = lambda: torch.optim.LBFGS(lbfgs.parameters())  # type: ignore[method-assign]
+        stale = Classifier()
+        stale.configure_optimizers = lambda: torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)  # type: ignore[method-assign]
+        return [
+            refusal(ByHand()),
+            refusal(Outside()),
+            refusal(Classifier(), PipelineStrategy(network="net")),
+            refusal(Classifier(), callbacks=[StochasticWeightAveraging(0.1)]),
+            refusal(lbfgs),
+            refusal(stale),
+            refusal(Classifier(), PipelineStrategy(activation_link=AQSGD(Int4()), samples="id")),
+        ]
+
+    expected = [
+        "PipelineStrategy: ByHand optimizes by hand, but stages need automatic optimization",
+        "PipelineStrategy(network='model'): 'scale' is outside of it and would not be trained",
+        "PipelineStrategy(network='net'): Classifier has no such module",
+        "PipelineStrategy: StochasticWeightAveraging averages a whole model, which no rank has",
+        "PipelineStrategy: LBFGS needs all parameters in one place; use another optimizer",
+        "PipelineStrategy: SGD holds parameters that are not part of the module; make it in configure_optimizers",
+        "PipelineStrategy(samples='id'): the batch has no such entry with a tensor",
+    ]
+    assert on_ranks(job, 1)[0] == expected

@@ -133,6 +133,7 @@ class PipelineStrategy(Collectives):
         self.parts: StagesOfModule | None = None
         self._checkpoints = PipelineCheckpoints(self)
         self._lazy: LazyBatches | None = None
+        self._names: list[Sequence[str]] = []
         self._undo: list[Callable[[], object]] = []
 
     # ------------------------------------------------------------------ start

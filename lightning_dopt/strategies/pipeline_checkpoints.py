@@ -81,7 +81,7 @@ class PipelineCheckpoints:
         assert s.pipeline is not None
         assert s.lightning_module is not None
         return {
-            "pipeline": s.pipeline.state_dict() | {"specs": {}},
+            "pipeline": {rank: state | {"specs": {}} for rank, state in s.pipeline.state_dict().items()},  # told anew
             "steps": s.steps,
             "ledger": s.pipeline.ledger.state_dict(),
             "resume": self.resume.save_state(s.lightning_module.trainer),
@@ -117,10 +117,7 @@ class PipelineCheckpoints:
             self._warn(path, "lacks the files of some ranks")
             return main
         assert mine is not None
-        if pointer["pipeline"] != s.signature:
-            self._warn(path, f"was written by {pointer['pipeline']}, this is {s.signature}")
-            mine["pipeline"] = None
-        self._restored = mine
+        self._restored = {**mine, "written_by": pointer["pipeline"], "path": path}
         main["loops"] = mine["loops"]
         self.resume.load_state(mine["resume"], main)
         return main
@@ -133,8 +130,13 @@ class PipelineCheckpoints:
             return
         s.steps = int(state["steps"])
         s.pipeline.ledger.load_state_dict(state["ledger"])
-        if state["pipeline"] is not None:
+        if state["written_by"] == s.signature:
             s.pipeline.load_state_dict(state["pipeline"])
+        else:
+            rank_zero_warn(
+                f"{state['path']} was written by {state['written_by']}, this is {s.signature}: memories of links and the counters "
+                "of dropout start anew"
+            )
 
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         """Give the optimizers their part of the whole model's states."""
