@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_dopt.pipeline.batches import cut_batch
 from lightning_dopt.pipeline.checker import Report, check
 from lightning_dopt.pipeline.cut import cut
+from lightning_dopt.pipeline.engines import make_pipeline
 from lightning_dopt.pipeline.families import Family, register_family
 from lightning_dopt.pipeline.lazy import LazyClock, LazyLoader
 from lightning_dopt.pipeline.links import AQSGD, Clapping, Direct, Link
@@ -14,6 +15,7 @@ from lightning_dopt.pipeline.replay import Replay
 from lightning_dopt.pipeline.schedules import Schedule, bitpipe, gpipe, interleaved, make_program, one_f_one_b
 from lightning_dopt.pipeline.stage import Stage
 from lightning_dopt.pipeline.timeline import timeline
+from lightning_dopt.pipeline.torch_engine import TorchPipeline
 
 __all__ = [
     "AQSGD",
@@ -31,12 +33,14 @@ __all__ = [
     "Schedule",
     "SimulatedPipeline",
     "Stage",
+    "TorchPipeline",
     "bitpipe",
     "check",
     "cut",
     "cut_batch",
     "gpipe",
     "interleaved",
+    "make_pipeline",
     "make_program",
     "one_f_one_b",
     "register_family",

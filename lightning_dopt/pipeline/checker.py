@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from lightning_dopt.pipeline.program import Action, Program
+from lightning_dopt.pipeline.program import COMPUTE, Action, Program
 
 Message = tuple[str, int, int, int]
 """``("activation" or "gradient", pipe, boundary, micro-batch)``; boundary b is between the stages b and b + 1."""
@@ -44,7 +44,7 @@ def check(program: Program, forward: float = 1.0, backward: float = 2.0) -> Repo
     Args:
         program: The program.
         forward: Time of the forward of one stage.
-        backward: Time of its backward.
+        backward: Time of its backward; of one in two parts each takes half.
 
     Raises:
         ValueError: The program is wrong; the one line names the schedule, the rank, the action and what is missing.
@@ -61,7 +61,7 @@ def check(program: Program, forward: float = 1.0, backward: float = 2.0) -> Repo
 
 def message_of(action: Action) -> Message | None:
     """The message that an action sends or receives; ``None`` if it computes."""
-    if action.kind in ("forward", "backward"):
+    if action.kind in COMPUTE:
         return None
     what = "activation" if action.kind.endswith("activation") else "gradient"
     after = action.kind in ("send_activation", "recv_gradient")
@@ -105,8 +105,11 @@ def _check_counts(program: Program) -> None:
                 done[action.kind, pipe, stage, m] += 1
     for m in range(program.microbatches):
         for stage in range(program.stages):
-            for kind in ("forward", "backward"):
-                times = done[kind, pipes.get(m, 0), stage, m]
+            pipe = pipes.get(m, 0)
+            count = {kind: done[kind, pipe, stage, m] for kind in COMPUTE}
+            parted = (count["backward_input"] or count["backward_weight"]) and not count["backward"]
+            for kind in ("forward", "backward_input", "backward_weight") if parted else ("forward", "backward"):
+                times = count[kind] + (count["backward_input"] if kind == "backward" else 0)
                 if times != 1:
                     raise _wrong(program, f"{kind} of stage {stage} on micro-batch {m} happens {times} times, not once")
 
@@ -119,6 +122,8 @@ def _check_order(program: Program, rank: int) -> None:
             if need not in done:
                 raise _wrong(program, f"rank {rank} does {action} before {need}")
         done.add(action)
+        if action.kind == "backward_input":  # what others need of a backward
+            done.add(Action("backward", action.stage, action.microbatch, action.pipe))
 
 
 def _needs(program: Program, action: Action) -> list[Action]:
@@ -131,7 +136,9 @@ def _needs(program: Program, action: Action) -> list[Action]:
         if program.local(pipe, stage - 1):
             return [Action("forward", stage - 1, m, pipe)]
         return [Action("recv_activation", stage, m, pipe)]
-    if action.kind == "backward":
+    if action.kind == "backward_weight":
+        return [Action("backward_input", stage, m, pipe)]
+    if action.kind in ("backward", "backward_input"):
         needs = [Action("forward", stage, m, pipe)]
         if stage < last:
             local = program.local(pipe, stage)
@@ -171,6 +178,8 @@ def _check_messages(program: Program) -> None:
 
 def _execute(program: Program, forward: float, backward: float) -> Report:
     """Let all ranks run until nobody can go on."""
+    half = backward / 2
+    times = {"forward": forward, "backward": backward, "backward_input": half, "backward_weight": half}
     at = [0] * program.ranks
     clock = [0.0] * program.ranks
     sent: dict[Message, float] = {}
@@ -183,7 +192,7 @@ def _execute(program: Program, forward: float, backward: float) -> Report:
                 action = actions[at[rank]]
                 message = message_of(action)
                 if message is None:
-                    end = clock[rank] + (forward if action.kind == "forward" else backward)
+                    end = clock[rank] + times[action.kind]
                     spans[rank].append((clock[rank], end, action))
                     clock[rank] = end
                 elif action.kind.startswith("send"):
@@ -216,13 +225,13 @@ def _execute(program: Program, forward: float, backward: float) -> Report:
 def _peak(actions: tuple[Action, ...]) -> int:
     live = most = 0
     for action in actions:
-        live += {"forward": 1, "backward": -1}.get(action.kind, 0)
+        live += {"forward": 1, "backward": -1, "backward_weight": -1}.get(action.kind, 0)
         most = max(most, live)
     return most
 
 
-def _in_order(program: Program) -> bool:
-    lines: dict[tuple[int, int, str, int], tuple[list[Message], list[Message]]] = {}
+def _in_order(program: Program, together: bool = False) -> bool:
+    lines: dict[tuple[object, ...], tuple[list[Message], list[Message]]] = {}
     for rank, actions in enumerate(program.actions):
         for action in actions:
             message = message_of(action)
@@ -230,5 +239,11 @@ def _in_order(program: Program) -> bool:
                 continue
             sends = action.kind.startswith("send")
             ends = (rank, program.peer(action)) if sends else (program.peer(action), rank)
-            lines.setdefault((*ends, message[0], message[1]), ([], []))[0 if sends else 1].append(message)
+            line = ends if together else (*ends, message[0], message[1])
+            lines.setdefault(line, ([], []))[0 if sends else 1].append(message)
     return all(sent == got for sent, got in lines.values())
+
+
+def in_one_order(program: Program) -> bool:
+    """Whether each rank asks another one for all messages, activations and gradients alike, in the order they are sent in."""
+    return _in_order(program, together=True)

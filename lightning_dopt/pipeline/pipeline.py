@@ -29,7 +29,9 @@ def first_of(part: Any) -> Tensor:
 
 
 class _Pipeline(ABC):
-    """What both kinds of pipelines have in common."""
+    """What all kinds of pipelines have in common."""
+
+    _runner: type[Runner] = Runner
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class _Pipeline(ABC):
         self.report: Report = check(program)
         found = ties(stages, program)
         self.runners = [
-            Runner(
+            self._runner(
                 program,
                 self._held(mail.rank, stages),
                 loss,

@@ -6,10 +6,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["forward", "backward", "send_activation", "recv_activation", "send_gradient", "recv_gradient"]
+Kind = Literal[
+    "forward",
+    "backward",
+    "backward_input",
+    "backward_weight",
+    "send_activation",
+    "recv_activation",
+    "send_gradient",
+    "recv_gradient",
+]
+COMPUTE = ("forward", "backward", "backward_input", "backward_weight")
+"""Kinds that are no messages."""
 LETTERS: dict[str, str] = {
     "forward": "F",
     "backward": "B",
+    "backward_input": "I",
+    "backward_weight": "W",
     "send_activation": "SA",
     "recv_activation": "RA",
     "send_gradient": "SG",
@@ -22,9 +35,10 @@ class Action:
     """One thing a rank does with one stage and one micro-batch.
 
     Attributes:
-        kind: ``forward`` and ``backward`` compute. ``send_activation`` sends the output of the stage to the next one,
-            ``recv_activation`` gets its input from the one before; ``send_gradient`` sends the gradient of the input to
-            the stage before, ``recv_gradient`` gets the gradient of the output from the next one.
+        kind: ``forward`` and ``backward`` compute; a backward may be in two parts, ``backward_input`` (the gradient of the
+            stage's input) and later ``backward_weight`` (those of its parameters). ``send_activation`` sends the output of
+            the stage to the next one, ``recv_activation`` gets its input from the one before; ``send_gradient`` sends the
+            gradient of the input to the stage before, ``recv_gradient`` gets the gradient of the output from the next one.
         stage: The stage that computes, sends or receives, counted from 0.
         microbatch: The micro-batch, counted from 0 over all pipes.
         pipe: The pipe it runs in: 0, or 1 for the second direction of a bidirectional schedule.
@@ -117,6 +131,8 @@ def _with_messages(program: Program, order: Order) -> Iterable[Action]:
             yield action
             if after:
                 yield Action("send_activation", stage, m, pipe)
+        elif action.kind == "backward_weight":
+            yield action
         else:
             if after:
                 yield Action("recv_gradient", stage, m, pipe)

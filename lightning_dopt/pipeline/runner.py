@@ -223,8 +223,10 @@ class Runner:
         if action.kind == "forward":
             with torch.set_grad_enabled(run.train):  # never around a yield: other ranks may share this thread
                 self._forward(action, run)
-        elif action.kind == "backward":
+        elif action.kind in ("backward", "backward_input"):  # of a backward in two parts all is done in the first
             self._backward(action, run)
+        elif action.kind == "backward_weight":
+            pass
         elif action.kind == "send_activation":
             self._send(action, run, run.outputs[action.cell] if run.train else run.outputs.pop(action.cell))
         elif action.kind == "send_gradient":
@@ -240,15 +242,12 @@ class Runner:
         x = self._input(m, run) if stage == 0 else run.inputs.pop(action.cell)
         if stage > 0 and run.train:
             x = run.inputs[action.cell] = x.requires_grad_()
-        with self.context(), _random(self.seed, self.draws, stage, m, x.device):
-            y = self.stages[pipe, stage](x)
+        y = self._computed(pipe, stage, m, x)
         if stage == last and run.loss is None:
             run.results[m] = y
             return
         if stage == last:
-            assert run.loss is not None
-            with self.context(), _random(self.seed, self.draws, last + 1, m, x.device):
-                y = run.loss(y, run.parts[m]) * run.weights[m]
+            y = self._loss_of(y, m, run)
             run.losses[pipe] = run.losses.get(pipe, torch.zeros((), dtype=torch.float64)) + y.detach().double().cpu()
         elif not isinstance(y, Tensor) or y.dtype not in DTYPES:
             kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
@@ -257,6 +256,18 @@ class Runner:
             run.inputs[pipe, stage + 1, m] = y.detach()
         if run.train or (stage < last and not self.program.local(pipe, stage)):
             run.outputs[action.cell] = y
+
+    def _computed(self, pipe: int, stage: int, m: int, x: Tensor) -> Any:
+        """The output of a stage."""
+        with self.context(), _random(self.seed, self.draws, stage, m, x.device):
+            return self.stages[pipe, stage](x)
+
+    def _loss_of(self, y: Any, m: int, run: _Pass) -> Tensor:
+        """The share of a micro-batch in the loss."""
+        assert run.loss is not None
+        device = next(tensors(run.parts[m])).device
+        with self.context(), _random(self.seed, self.draws, self.program.stages, m, device):
+            return run.loss(y, run.parts[m]) * run.weights[m]
 
     def _input(self, m: int, run: _Pass) -> Tensor:
         """What the model is given; what is drawn for it, and again on the way to the loss, is the same."""

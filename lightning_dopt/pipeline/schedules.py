@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning_dopt._checks import check_choice, check_int
 from lightning_dopt.pipeline.program import Action, Program
+from lightning_dopt.pipeline.torch_schedules import ONE_STAGE, TORCH_SCHEDULES, torch_program
 
-Schedule = Literal["gpipe", "1f1b", "interleaved", "bitpipe"]
+Schedule = Literal[
+    "gpipe", "1f1b", "interleaved", "bitpipe", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
+]
+SCHEDULES = get_args(Schedule)
+CHUNKED = ("interleaved", "looped_bfs", "interleaved_zero_bubble")
+"""Schedules that may have any number of stages per rank."""
 
 
 def make_program(schedule: Schedule, ranks: int, microbatches: int, chunks: int | None = None) -> Program:
-    """The program of a schedule by name: :func:`gpipe`, :func:`one_f_one_b`, :func:`interleaved` or :func:`bitpipe`.
+    """The program of a schedule by name.
+
+    :func:`gpipe`, :func:`one_f_one_b`, :func:`interleaved` and :func:`bitpipe` are written here. The others are read from the
+    tables of ``torch.distributed.pipelining``: breadth first (``"looped_bfs"``, arXiv 2211.05953), zero bubble with
+    interleaved stages (``"interleaved_zero_bubble"``) and in a V (``"zbv"``, both arXiv 2401.10241), and DualPipe in a V
+    (``"dualpipev"``, arXiv 2412.19437).
 
     Args:
-        schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved"`` or ``"bitpipe"``.
+        schedule: The name.
         ranks: Ranks of the pipeline.
         microbatches: Micro-batches per optimizer step.
-        chunks: Stages per rank, for ``"interleaved"`` only; ``None`` means 2.
+        chunks: Stages per rank of ``"interleaved"``, ``"looped_bfs"`` and ``"interleaved_zero_bubble"``; ``None`` means 2.
 
     Raises:
-        ValueError: An argument out of range, or ``chunks`` with another schedule.
+        ValueError: An argument out of range, ``chunks`` with another schedule, or a schedule that this torch does not have.
     """
-    check_choice("make_program", "schedule", schedule, ("gpipe", "1f1b", "interleaved", "bitpipe"))
+    check_choice("make_program", "schedule", schedule, SCHEDULES)
+    if schedule not in CHUNKED and chunks is not None:
+        raise ValueError(f"make_program(chunks={chunks!r}): only {', '.join(CHUNKED)} choose their stages per rank")
     if schedule == "interleaved":
         return interleaved(ranks, microbatches, 2 if chunks is None else chunks)
-    if chunks is not None:
-        raise ValueError(f"make_program(chunks={chunks!r}): only schedule='interleaved' chooses its stages per rank")
+    if schedule in TORCH_SCHEDULES and schedule not in ONE_STAGE:
+        _check("make_program", ranks, microbatches)
+        if chunks is not None:
+            check_int("make_program", "chunks", chunks, 1)
+        return torch_program(schedule, ranks, microbatches, 2 if chunks is None else chunks)
     return {"gpipe": gpipe, "1f1b": one_f_one_b, "bitpipe": bitpipe}[schedule](ranks, microbatches)
 
 

@@ -10,7 +10,8 @@ def timeline(program: Program, forward: int = 1, backward: int = 2) -> str:
     """The program as it runs, one row per rank and one column per unit of time.
 
     A column shows the micro-batch that is computed and, where a rank holds several stages, the stage as a letter
-    (``a`` is stage 0); forwards are in brackets ``( )``, backwards in ``[ ]``; dots are bubbles.
+    (``a`` is stage 0); forwards are in brackets ``( )``, backwards in ``[ ]``, of backwards in two parts the second one in
+    ``{ }``; dots are bubbles.
 
     Args:
         program: The program; it is checked first.
@@ -34,5 +35,5 @@ def timeline(program: Program, forward: int = 1, backward: int = 2) -> str:
 
 def _cell(action: Action, several: bool, width: int) -> str:
     inside = (chr(ord("a") + action.stage) if several else "") + str(action.microbatch)
-    left, right = "()" if action.kind == "forward" else "[]"
-    return left + inside.center(width - 2) + right
+    brackets = {"forward": "()", "backward_weight": "{}"}.get(action.kind, "[]")
+    return brackets[0] + inside.center(width - 2) + brackets[1]
