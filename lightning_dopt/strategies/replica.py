@@ -225,6 +225,7 @@ class ReplicaStrategy(Collectives):
             check_trainer(self.pace, module, trainer)
             self.pacer = Pacer(self.pace, self.engine)
         check_two_passes(self.engine, module, trainer)
+        start.refuse_unmeasured_errors(self.plan, trainer.callbacks)
         start.check_momentum(self.plan, inner)
         start.refuse_optimizers(self.plan, inner)
         start.warn_of_lost_weights(self.plan, inner, trainer.gradient_clip_val)

@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_dopt import client_errors
+from lightning_dopt.combine import Contribution
 from lightning_dopt.comm.world import World
 from lightning_dopt.compress import DGC
 from lightning_dopt.engine import Engine
@@ -102,6 +104,17 @@ def warn_of_averages(plan: Plan, size: int, callbacks: list[Any]) -> None:
             "WeightAveraging averages each rank's own replica over time: validation measures other weights on every rank "
             "and the main checkpoint holds rank 0's average; after fit all ranks hold the mean of their averages"
         )
+
+
+def refuse_unmeasured_errors(plan: Plan, callbacks: list[Any]) -> None:
+    """Refuse plans that weigh clients by errors which nothing measures.
+
+    Raises:
+        ValueError: no callback says that it does (``measures_client_errors``).
+    """
+    if client_errors.counted(plan) and not any(getattr(c, "measures_client_errors", False) for c in callbacks):
+        combine = next(s.combine for s in plan if isinstance(s.combine, Contribution) and s.combine.errors != "none")
+        raise ValueError(f"{combine!r}: nothing measures errors, add callbacks.ClientErrors() to the Trainer")
 
 
 def check_momentum(plan: Plan, inner: list[Optimizer]) -> None:
