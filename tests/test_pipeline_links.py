@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dopt.compress import EF21, BlockTopK, Compressor, Identity, Int4, Int8, LowRank, RandK, TopK
+from benchmarks import clapping
+from benchmarks.clapping import Result
+from lightning_dopt.compress import EF21, Compressor, Identity, Int4, Int8, LowRank, RandK, TopK
 from lightning_dopt.pipeline import (
     AQSGD,
     Clapping,
@@ -360,37 +362,22 @@ def test_masks_are_alike_in_every_schedule_and_while_a_batch_is_repeated() -> No
 # ---------------------------------------------------------------------- an experiment
 
 
-@pytest.mark.slow
-def test_what_the_links_do_to_training() -> None:
-    """Teacher and student, tanh 32-32-32-32-1 on four ranks, a tenth of each row sent: none < FU < FC < direct."""
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_the_links_do_to_training(seed: int) -> None:
+    """Teacher and student on four ranks, a tenth of each row sent, equal seeds: none < FU < FC < direct.
 
-    def model(seed: int, scale: float = 1.0) -> nn.Sequential:
-        g = torch.Generator().manual_seed(seed)
-        made = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(3)), nn.Linear(32, 1))
-        with torch.no_grad():
-            for name, p in made.named_parameters():
-                p.copy_(
-                    torch.randn(p.shape, generator=g) * scale / 32**0.5 if "weight" in name else torch.zeros(p.shape)
-                )
-        return made
+    The margins are a third of what was measured. Repeating batches is what costs FU, its compression is almost free.
+    """
 
-    def error(link: Link | None, probability: float) -> float:
-        g = torch.Generator().manual_seed(200)
-        xs = torch.randn(1024, 32, generator=g)
-        ys = (model(100, 1.5)(xs) + 0.05 * torch.randn(1024, 1, generator=g)).detach()
-        student, clock, rows = model(0), LazyClock(probability, 0), torch.empty(0)
-        p = SimulatedPipeline(cut(student, 4), gpipe(4, 1), loss, activation_link=link, gradient_link=link)
-        optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, dampening=0.9)
-        for t in range(500):
-            if clock.fresh(t):
-                rows = torch.randint(1024, (32,), generator=g)
-            optimizer.zero_grad()
-            p.step((xs[rows], ys[rows]), clock.fresh(t))
-            optimizer.step()
-        return float(p.evaluate((xs, ys)))
+    def run(name: str, probability: float) -> Result:
+        return clapping.train(name, probability, clapping.CODECS["top"], seed, 300)
 
-    codec = BlockTopK(0.1, block=32)
-    none, direct = error(None, 1.0), error(Direct(codec), 1.0)
-    fu, fc = error(Clapping("FU", 0.5, codec), 0.5), error(Clapping("FC", 0.1, codec), 0.1)
-    assert none < fu < 1.5 * none
-    assert 2 * fu < fc < direct / 1.5
+    none, lazy, direct = run("none", 1.0), run("none", 0.5), run("direct", 1.0)
+    fu, fc = run("FU", 0.5), run("FC", 0.1)
+    assert none.error < fu.error < 1.4 * none.error
+    assert fu.error == pytest.approx(lazy.error, rel=0.2)
+    assert 1.2 * fu.error < fc.error < direct.error / 1.3
+    assert fc.share == pytest.approx(direct.share, abs=0.01)
+    dense = sum(LazyClock(0.5, seed).fresh(step) for step in range(300)) / 300
+    assert fu.share == pytest.approx(dense + (1 - dense) * direct.share, abs=1e-9)
+    assert fu.memory == fc.memory == 2 * 2 * 3 * 32 * 32 * 4, "both ends, both directions, three links, one batch"
