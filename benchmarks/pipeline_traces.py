@@ -1,10 +1,10 @@
 """Pictures of all pipeline schedules, drawn from real runs, and their bubbles beside what the checker says.
 
-``python -m benchmarks.pipeline_traces --out docs/images`` runs each schedule on ``--ranks`` processes over gloo. Its stages wait instead
-of computing, ``--forward`` seconds in the forward and twice as long in the backward (half of that for the gradient of the input, half for
-that of the parameters), so that a machine with few cores shows what as many devices would do; all else is real: the engine, its
-messages and the times, which the stages note when they begin and end. A table and one picture per schedule, of its
-quickest step, are made.
+``python -m benchmarks.pipeline_traces --out docs/images`` runs each schedule on ``--ranks`` processes over gloo. Its stages
+wait instead of computing, ``--forward`` seconds in the forward and twice as long in the backward (half of that for the gradient
+of the input, half for that of the parameters), so that a machine with few cores shows what as many devices would do. All else
+is real: the engine, its messages and the times, which the stages note when they begin and end. A table and one picture per
+schedule, of its quickest step, are made.
 """
 
 from __future__ import annotations
@@ -152,10 +152,8 @@ def main() -> None:
         )
         bubbles = [bubble(ranks, args.forward) for ranks in steps]
         middle = statistics.median(bubbles)
-        print(
-            f"| `{name}` | {program.stages} | {check(program).bubble:.3f} | {middle:.3f} | {min(bubbles):.3f} to {max(bubbles):.3f} |",
-            flush=True,
-        )
+        spread = f"{min(bubbles):.3f} to {max(bubbles):.3f}"
+        print(f"| `{name}` | {program.stages} | {check(program).bubble:.3f} | {middle:.3f} | {spread} |", flush=True)
         if args.out is not None:
             least = min(bubbles)
             draw(program, steps[bubbles.index(least)], least, args.out / f"pipeline_{name}.png")
