@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import signal
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
+from broken import Processes, Troubled, crash, die, terminate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from trainer_tools import on_ranks, trainer
+from trainer_tools import on_ranks, regression, trainer
 
 from lightning_dopt import Int4, PipelineStrategy
 from lightning_dopt.pipeline import AQSGD, Clapping, Direct
+from lightning_dopt.strategies import pipeline as pipeline_strategy
 from lightning_dopt.strategies.pipeline_lazy import LazyBatches
+from lightning_dopt.strategies.watch import Watch
+from recipes.llm import ByteGPT
 
 pytestmark = pytest.mark.trainer
+SAVER = inspect.signature(ModelCheckpoint).parameters  # older Lightning saves nothing on exceptions
 
 
 def data(samples: int = 22, seed: int = 0, dtype: torch.dtype = torch.float64) -> DataLoader:
@@ -361,3 +373,89 @@ def test_refused_when_training_starts() -> None:
         "PipelineStrategy(samples='id'): the batch has no such entry with a tensor",
     ]
     assert on_ranks(job, 1)[0] == expected
+
+
+# ---------------------------------------------------------------------- precision, and a model that is its own network
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tied_language_model_and_half_precision() -> None:
+    """ByteGPT is cut between blocks, its embedding is on both ranks; each precision equals one process of the same."""
+    text = torch.randint(256, (12, 9), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    loader = DataLoader(text, batch_size=4)
+    cases = {"64-true": 1e-12, "32-true": 1e-6, "bf16-mixed": 2e-3, "bf16-true": 2e-3}
+
+    def run(precision: str, strategy: Any, devices: int) -> tuple[dict[str, Tensor], float]:
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            module = ByteGPT(n_layer=3, n_head=2, n_embd=16, context=8, warmup_steps=1, max_steps=20)
+        options: dict[str, Any] = {"max_epochs": 2, "precision": precision, "gradient_clip_val": 0.5}
+        fitter = trainer(strategy, devices, use_distributed_sampler=False, **options)
+        fitter.fit(module, loader, loader)
+        return whole(module), float(fitter.callback_metrics["val/bpb"])
+
+    def job(rank: int) -> Any:
+        return {p: run(p, PipelineStrategy(network="", num_microbatches=2), 2) for p in cases}
+
+    answers = on_ranks(job, 2)
+    for precision, atol in cases.items():
+        expected, bits = run(precision, "auto", 1)
+        for answer in answers:
+            weights, told = answer[precision]
+            assert told == pytest.approx(bits, abs=10 * atol)
+            for name, value in expected.items():
+                assert weights[name].dtype == value.dtype
+                torch.testing.assert_close(weights[name], value, atol=atol, rtol=0.0, msg=f"{precision} {name}")
+
+
+# ---------------------------------------------------------------------- failures
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", [die, crash], ids=["killed", "raises"])
+def test_a_stage_that_fails_is_named(what: Any, tmp_path: Path) -> None:
+    """The others end long before the timeout, with its rank and stage, and write no checkpoint in their trouble."""
+
+    def job(rank: int) -> None:
+        pipeline_strategy.Watch = partial(Watch, grace=1.0, poll=0.2, patience=2.0)  # type: ignore[misc, assignment]
+        strategy = PipelineStrategy(network="net", num_microbatches=2, timeout=timedelta(seconds=60))
+        saver = ModelCheckpoint(tmp_path, save_on_exception=True) if "save_on_exception" in SAVER else None
+        fitter = trainer(strategy, 2, max_epochs=1, callbacks=[saver] if saver is not None else [])
+        fitter.fit(Troubled(what, rank=1, step=3), regression(32))
+
+    with Processes(job, 2) as processes:
+        ended = processes.join(20.0)
+    assert ended[0].code == 1, ended[0].text
+    line = ended[0].errors[0]
+    assert re.search(r"rank 0, step 3, pipeline, \w+: no answer after \d+\.\d s from rank", line), line
+    if what is die:
+        assert ended[1].code == -signal.SIGKILL
+        assert "from rank(s) 1 (killed, hanging or out of step); rank 1 has stage 1 (" in line
+    else:
+        assert ended[1].errors[-1].startswith("ZeroDivisionError: the data is bad")
+        assert (
+            "from rank 1, which failed at step 3 with ZeroDivisionError: the data is bad; rank 1 has stage 1 (" in line
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(
+    Version(lightning.__version__) < Version("2.5.2") or "save_on_exception" not in SAVER,
+    reason="Lightning broadcasts SIGTERM since 2.5.2, and saves on exceptions since 2.6",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_sigterm_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Rank 0 is told to stop; all stages stop at the same step and write what they have."""
+
+    def job(rank: int) -> None:
+        strategy = PipelineStrategy(network="net", num_microbatches=2, timeout=timedelta(seconds=60))
+        saver = ModelCheckpoint(tmp_path, save_on_exception=True)
+        trainer(strategy, 2, max_epochs=4, callbacks=[saver]).fit(Troubled(terminate, rank=0, step=3), regression(32))
+
+    with Processes(job, 2) as processes:
+        ended = processes.join(20.0)
+    assert [e.code for e in ended.values()] == [0, 0], ended
+    saved = torch.load(next(tmp_path.glob("*.ckpt")), weights_only=False)
+    assert 4 <= saved["global_step"] <= 6
+    assert not any(value.isnan().any() for value in saved["state_dict"].values())
+    assert len(list(tmp_path.glob("*.replicas/*/*.ckpt"))) == 2

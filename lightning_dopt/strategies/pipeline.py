@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -447,6 +448,11 @@ class PipelineStrategy(Collectives):
         return self._checkpoints.resume.wrap(loader, trainer)
 
     # ------------------------------------------------------------------ failure and end
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run has failed; not after SIGTERM, where all ranks end together and can still write a checkpoint."""
+        return super().interrupted and not isinstance(sys.exc_info()[1], SIGTERMException)
 
     @property
     def _trainer(self) -> Any:
