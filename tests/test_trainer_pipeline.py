@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainer_tools import on_ranks, regression, trainer
 
-from lightning_dopt import Int4, PipelineStrategy
+from lightning_dopt import Drifted, Int4, PipelineStrategy, Plan, ReplicaStrategy, Ring, Sync, plans
 from lightning_dopt.pipeline import AQSGD, Clapping, Direct
 from lightning_dopt.strategies import pipeline as pipeline_strategy
 from lightning_dopt.strategies.pipeline_lazy import LazyBatches
+from lightning_dopt.strategies.pipeline_replicas import MEAN_GRADIENT
 from lightning_dopt.strategies.watch import Watch
 from recipes.llm import ByteGPT
 
@@ -254,7 +255,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 
     def alone(rank: int) -> Any:
         with pytest.warns(
-            UserWarning, match="was written by 2 ranks, this run has 1: weights and optimizer states go on"
+            UserWarning, match="was written by 2 ranks, this run has 1 rank: weights and optimizer states go on"
         ):
             return run(rank, "fu", tmp_path / "alone", tmp_path / "fu" / "step=3.ckpt", devices=1)
 
@@ -322,6 +323,13 @@ def clapping(probability: float) -> Clapping:
         (made(num_microbatches=0), r"PipelineStrategy\(num_microbatches=0\): must be an integer of at least 1"),
         (made(chunks=2), r"PipelineStrategy\(chunks=2\): only schedule='interleaved'"),
         (made(split=[1]), r"PipelineStrategy\(split=\[1\]\): makes 2 stages, but '1f1b' on 3 processes has 3"),
+        (made(pipeline_size=2), r"PipelineStrategy\(pipeline_size=2\): must divide the number of processes, 3"),
+        (made(plan=plans.diloco()), r"PipelineStrategy\(plan=...\): there is one pipeline only"),
+        (made(plan="diloco"), r"PipelineStrategy\(plan='diloco'\): must be a Plan"),
+        (
+            made(pipeline_size=1, plan=Plan([Sync(Drifted(0.1))])),
+            r"PipelineStrategy\(plan=...\): stages would measure, and sync, each for itself",
+        ),
         (made(split="head"), r"PipelineStrategy\(split='head'\): must be a list"),
         (made(activation_link=Int4()), r"PipelineStrategy\(activation_link=Int4\(.*\)\): must be a link"),
         (made(activation_link=AQSGD(Int4())), r"PipelineStrategy\(samples=None\): AQSGD needs the entry"),
@@ -459,3 +467,60 @@ def test_sigterm_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert 4 <= saved["global_step"] <= 6
     assert not any(value.isnan().any() for value in saved["state_dict"].values())
     assert len(list(tmp_path.glob("*.replicas/*/*.ckpt"))) == 2
+
+
+# ---------------------------------------------------------------------- replicas in stages
+
+
+PLANS: dict[str, Plan | None] = {
+    "mean gradient": None,
+    "diloco": plans.diloco(3, outer_lr=0.7, outer_momentum=0.5),
+    "dilocox": plans.dilocox(3, rank=2),
+    "gossip": plans.gossip(Ring()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pipelines_are_replicas(tmp_path: Path) -> None:
+    """Two pipelines of two stages train as two replicas that are whole do, and a run that is resumed as one that is not."""
+
+    def run(strategy: Any, devices: int, folder: Path, path: Any = None) -> Any:
+        module = Classifier(dtype=torch.float32)
+        saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        options = {"max_epochs": 2, "callbacks": [saver], "accumulate_grad_batches": 1, "gradient_clip_val": 0.5}
+        fitter = trainer(strategy, devices, **options)
+        fitter.fit(module, data(40, dtype=torch.float32), data(8, 5, torch.float32), ckpt_path=path)
+        return whole(module), module.losses, float(fitter.callback_metrics["val_loss"])
+
+    def staged_job(rank: int) -> Any:
+        told = {}
+        for name, plan in PLANS.items():
+            made = partial(PipelineStrategy, num_microbatches=2, pipeline_size=2, plan=plan)
+            folder = tmp_path / name
+            told[name] = run(made(), 4, folder)
+            again = run(made(), 4, tmp_path / "again", folder / "step=5.ckpt")
+            assert same(again[0], told[name][0]), name
+            assert again[1] == told[name][1][5:], name
+        return told
+
+    def whole_job(rank: int) -> Any:
+        made = {name: ReplicaStrategy(plan=plan or MEAN_GRADIENT) for name, plan in PLANS.items()}
+        return {name: run(strategy, 2, tmp_path / f"whole {name}") for name, strategy in made.items()}
+
+    staged_runs, whole_runs = on_ranks(staged_job, 4), on_ranks(whole_job, 2)
+    for name in PLANS:
+        for rank, runs in enumerate(staged_runs):
+            weights, losses, val_loss = runs[name]
+            expected, losses_of_replica, val_loss_of_all = whole_runs[rank // 2][name]
+            far = 5e-3 if name == "dilocox" else 2e-6  # factors begin at random, matrix by matrix of a rank
+            assert losses == pytest.approx(losses_of_replica, abs=far), name
+            assert val_loss == pytest.approx(val_loss_of_all, abs=far), name
+            for key, value in expected.items():
+                torch.testing.assert_close(weights[key], value, atol=4 * far, rtol=0.0)
+    steps = range(1, len(staged_runs[0]["diloco"][1]) + 1)
+    for step in steps:
+        both = [
+            torch.load(tmp_path / name / f"step={step}.ckpt", weights_only=False) for name in ("diloco", "whole diloco")
+        ]
+        for key, value in both[1]["state_dict"].items():
+            torch.testing.assert_close(both[0]["state_dict"][key], value, atol=2e-6, rtol=0.0)

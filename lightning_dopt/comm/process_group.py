@@ -136,6 +136,8 @@ class ProcessGroupWorld(World):
             ``timeout``.
         patience: Seconds to wait for a neighbour before its link is to rest; ``None``: links never rest.
         rest: Optimizer steps with a meeting of the pair that a link rests.
+        group: A process group that this rank belongs to, whose members are the workers; it has a backend and a timeout of its
+            own, and nothing else may use it. ``None`` makes one of all processes.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
@@ -151,20 +153,21 @@ class ProcessGroupWorld(World):
         on_lost_peer: OnLostPeer = "end",
         patience: float | None = None,
         rest: int = REST,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("ProcessGroupWorld: call torch.distributed.init_process_group first")
-        rank, size = dist.get_rank(), dist.get_world_size()
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
         links = make_links(rank, size, on_lost_peer, patience, rest, type(self).__name__)
-        used = backend or dist.get_backend()
+        used = backend or dist.get_backend(group)
         if links is not None and used != "gloo":
             raise ValueError(
                 f"ProcessGroupWorld(backend={used!r}): links may fail or rest (on_lost_peer, patience) only with 'gloo'"
             )
         super().__init__(rank, size, clock, links)
-        group = dist.new_group(timeout=timeout, backend=backend)
-        assert isinstance(group, dist.ProcessGroup)  # every rank belongs to it
-        self.group = group
+        made = group if group is not None else dist.new_group(timeout=timeout, backend=backend)
+        assert isinstance(made, dist.ProcessGroup)  # every rank belongs to it
+        self.group = made
         self.diagnose: Callable[[str, int], str] = diagnose or (lambda label, step: "")
         self._tag = 0
 

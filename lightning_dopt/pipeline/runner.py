@@ -307,7 +307,7 @@ class Runner:
                 )
         link, memory, note = self._link(what, pipe, boundary, m, run)
         payload = link.encode(tensor.detach(), memory, note)
-        self.mail.post(peer, self._tag(what, pipe, boundary, m), payload, f"{what}s")
+        self.mail.post(peer, self._tag(what, pipe, boundary, m), payload, f"{what}s" if run.train else "evaluation")
 
     def _receive(self, action: Action, run: _Pass) -> Talk[Tensor]:
         message = message_of(action)
@@ -324,7 +324,9 @@ class Runner:
             spec = run.learnt[place] = _read_header(header, self._device(action))
         link, memory, note = self._link(what, pipe, boundary, m, run)
         box = torch.empty(link.payload_bytes(spec, memory, note), dtype=torch.uint8, device=spec.device)
-        payload = yield self.mail.expect(peer, self._tag(what, pipe, boundary, m), box, f"{what}s")
+        payload = yield self.mail.expect(
+            peer, self._tag(what, pipe, boundary, m), box, f"{what}s" if run.train else "evaluation"
+        )
         return link.decode(payload, spec, memory, note)
 
     def _link(self, what: str, pipe: int, boundary: int, m: int, run: _Pass) -> tuple[Link, Memory, Note]:

@@ -20,10 +20,13 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_dopt._checks import check_choice, check_flag, check_int
+from lightning_dopt._random import key
+from lightning_dopt.comm import ProcessGroupWorld
 from lightning_dopt.comm.seal import digest
 from lightning_dopt.compress._wire import as_bytes
 from lightning_dopt.pipeline import Link, Pipeline, Program, Replay, Schedule, cut
 from lightning_dopt.pipeline.batches import tensors
+from lightning_dopt.plan import Plan
 from lightning_dopt.strategies import _private, failure, replica_files, start
 from lightning_dopt.strategies import pipeline_checks as checks
 from lightning_dopt.strategies.collectives import Collectives
@@ -32,6 +35,13 @@ from lightning_dopt.strategies.pipeline_checkpoints import PipelineCheckpoints, 
 from lightning_dopt.strategies.pipeline_lazy import LazyBatches
 from lightning_dopt.strategies.pipeline_logs import StepLogs
 from lightning_dopt.strategies.pipeline_loss import loss_with_gradients, take_gradients
+from lightning_dopt.strategies.pipeline_replicas import (
+    MEAN_GRADIENT,
+    Islands,
+    PipelineReplicas,
+    check_plan,
+    refuse_ties,
+)
 from lightning_dopt.strategies.pipeline_stages import StagesOfModule
 from lightning_dopt.strategies.replica import StartMethod
 from lightning_dopt.strategies.resumable_loader import is_stateful
@@ -60,6 +70,10 @@ class PipelineStrategy(Collectives):
         chunks: Stages per rank with ``schedule="interleaved"``; ``None`` means 2.
         network: The name in the module of the network that is cut; ``""`` for the module itself, which its step then calls.
         samples: The entry of a batch (key or index) with the number in the data set of each sample, for ``AQSGD``.
+        pipeline_size: Ranks of one pipeline; ``None``: all. With fewer than there are, several pipelines train replicas of the
+            model, each on its own share of the data.
+        plan: What goes on between these replicas, stage by stage, such as ``plans.diloco(100)``; ``None`` averages gradients in
+            every step.
         whole_at_end: After ``fit`` give every rank the weights of all stages. ``False``: those of other stages stay away.
         seed: Seed of dropout, lazy sampling and codecs that draw random numbers.
         timeout: How long a rank waits for another one before it gives up.
@@ -86,6 +100,8 @@ class PipelineStrategy(Collectives):
         chunks: int | None = None,
         network: str = "model",
         samples: int | str | None = None,
+        pipeline_size: int | None = None,
+        plan: Plan | None = None,
         whole_at_end: bool = True,
         seed: int = 0,
         timeout: timedelta = timedelta(minutes=30),
@@ -115,6 +131,10 @@ class PipelineStrategy(Collectives):
         self.activation_link, self.gradient_link = activation_link, gradient_link
         self.links = [link for link in (activation_link, gradient_link) if link is not None]
         self.probability = checks.check_links(self.links, samples)
+        self.pipeline_size = check_int(name, "pipeline_size", pipeline_size, 1) if pipeline_size is not None else None
+        if plan is not None and not isinstance(plan, Plan):
+            raise ValueError(f"{name}(plan={plan!r}): must be a Plan, such as plans.diloco()")
+        self.plan = plan
         self.whole_at_end = check_flag(name, "whole_at_end", whole_at_end)
         self.seed = check_int(name, "seed", seed, 0)
         super().__init__(
@@ -132,6 +152,9 @@ class PipelineStrategy(Collectives):
         """Optimizer steps taken."""
         self.pipeline: Pipeline | None = None
         self.parts: StagesOfModule | None = None
+        self.replicas: PipelineReplicas | None = None
+        """The plan between pipelines, if there are several."""
+        self._islands: Islands | None = None
         self._checkpoints = PipelineCheckpoints(self)
         self._lazy: LazyBatches | None = None
         self._names: list[Sequence[str]] = []
@@ -141,8 +164,13 @@ class PipelineStrategy(Collectives):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """All ranks read the same batches: there is one replica."""
-        return {"num_replicas": 1, "rank": 0}
+        """All ranks of a pipeline read the same batches: they are one replica."""
+        return {"num_replicas": self._pipelines, "rank": self.global_rank // (self.world_size // self._pipelines)}
+
+    @property
+    def _pipelines(self) -> int:
+        size = self.num_nodes * self.num_processes
+        return size // (self.pipeline_size or size)
 
     def set_world_ranks(self) -> None:
         """Called while the Trainer is made, before any process starts: the place to refuse what cannot work."""
@@ -156,7 +184,13 @@ class PipelineStrategy(Collectives):
                 "strategy='pipeline_notebook'"
             )
         checks.check_devices(self.parallel_devices, self.precision_plugin)
+        size = self.num_nodes * self.num_processes
+        if size % (self.pipeline_size or size):
+            raise ValueError(
+                f"{name}(pipeline_size={self.pipeline_size!r}): must divide the number of processes, {size}"
+            )
         program = self._program()
+        check_plan(self.plan, self._pipelines, len(program.placement))
         if self.split is not None and len(self.split) + 1 != program.stages:
             raise ValueError(
                 f"{name}(split={self.split!r}): makes {len(self.split) + 1} stages, but {self.schedule!r} on {program.ranks} "
@@ -164,7 +198,7 @@ class PipelineStrategy(Collectives):
             )
 
     def _program(self) -> Program:
-        size = self.num_nodes * self.num_processes
+        size = self.num_nodes * self.num_processes // self._pipelines
         return checks.program_for(self.schedule, size, self.num_microbatches, self.chunks)
 
     def setup_environment(self) -> None:
@@ -176,6 +210,12 @@ class PipelineStrategy(Collectives):
         start.warn_of_stale_addresses()
         with failure.meeting(self, self.timeout):
             super().setup_environment()
+            if self._islands is None:
+                size = self.world_size // self._pipelines
+                self._islands = Islands(size, self.timeout, self._process_group_backend)
+                if self._islands.count > 1:
+                    self.world = ProcessGroupWorld(group=self._islands.replicas)
+                    self.world.diagnose = self._diagnose
         if self._trainer.state.fn == TrainerFn.FITTING:
             self._watch = Watch(_private.default_store(), self.global_rank, self.world_size)
             self._watch.start()
@@ -199,25 +239,29 @@ class PipelineStrategy(Collectives):
         self.model_to_device()
         self._cut(module, fitting)
         if fitting:
-            with self._answers("start of random numbers"):
-                set_rng_state(self.broadcast(rng_state()))
+            self._share_random_numbers()
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         self._patch(module, trainer, fitting)
 
     def _cut(self, module: LightningModule, fitting: bool) -> None:
         """Make stages of the network, and a pipeline of them."""
-        program = self._program()
+        program, islands = self._program(), self._islands
+        assert islands is not None
         with checks.own_names():
             replay = Replay(module, self.network) if fitting else None
             network = module.get_submodule(self.network)
             stages = cut(network, program.stages) if self.split is None else cut(network, at=self.split)
-        holders = [[program.rank_of(p, s) for p in range(len(program.placement))] for s in range(program.stages)]
-        self.parts = StagesOfModule(module, stages, holders, self.global_rank)
-        if not self.parts.freed:
+        holders = [
+            [islands.ranks(k)[row[stage]] for k in range(islands.count) for row in program.placement]
+            for stage in range(program.stages)
+        ]
+        self.parts = StagesOfModule(module, stages, holders, self.global_rank, islands.ranks(0))
+        refuse_ties(islands.count, self.parts.tied)
+        if not self.parts.freed and not self._checkpoints.restored:
             with self._answers("start of the stages"):
                 self.parts.spread()
-        elif self.parts.missing():
+        if self.parts.missing():
             raise ValueError(
                 f"{type(self).__name__}: '{self.parts.missing()[0]}' is on another rank since an earlier fit; load a checkpoint "
                 "into a new module"
@@ -225,20 +269,18 @@ class PipelineStrategy(Collectives):
         if fitting:
             self.parts.free()
         self._replay, self._names = replay, [getattr(stage, "names", ()) for stage in stages]
-        before, self.pipeline = (
-            self.pipeline,
-            Pipeline(
-                stages,
-                program,
-                self._loss,
-                self._inputs,
-                self.activation_link,
-                self.gradient_link,
-                self.seed,
-                self.timeout,
-                self.pipeline.mail.group if self.pipeline is not None else None,
-                self.precision_plugin.train_step_context,
-            ),
+        before = self.pipeline
+        self.pipeline = Pipeline(
+            stages,
+            program,
+            self._loss,
+            self._inputs,
+            self.activation_link,
+            self.gradient_link,
+            key(self.seed, islands.island) if islands.island else self.seed,  # dropout differs between replicas
+            self.timeout,
+            islands.pipeline,
+            self.precision_plugin.train_step_context,
         )
         self.pipeline.mail.diagnose = self._diagnose
         if before is not None and not fitting:  # an evaluation between two fits
@@ -255,6 +297,25 @@ class PipelineStrategy(Collectives):
         for optimizer in self.optimizers:
             forget(optimizer, parts.own)
 
+    def _share_random_numbers(self) -> None:
+        """All ranks of a pipeline go on from one state."""
+        islands = self._islands
+        assert islands is not None
+        box = [rng_state()]
+        with self._answers("start of random numbers"):
+            dist.broadcast_object_list(box, islands.ranks(islands.island)[0], group=islands.pipeline)
+        set_rng_state(box[0])
+
+    def _begin_replicas(self, module: LightningModule) -> None:
+        """Make the engine of the plan between pipelines, if there are several."""
+        if self.world is None:
+            return
+        assert self.parts is not None
+        assert self.pipeline is not None
+        inner = [_private.unwrap_optimizer(o) for o in self.optimizers]
+        self.replicas = PipelineReplicas(self.plan or MEAN_GRADIENT, self.world, self.pipeline.ledger)
+        self.replicas.begin(module, self.parts.foreign, inner, self.lr_scheduler_configs)
+
     def _patch(self, module: LightningModule, trainer: Any, fitting: bool) -> None:
         """Put what runs over all stages in the place of what would run here alone, until :meth:`teardown`."""
         network = module.get_submodule(self.network)
@@ -268,22 +329,32 @@ class PipelineStrategy(Collectives):
         vars(plugin)["clip_grad_by_norm"] = self._clip_by_norm
         self._undo.append(lambda: vars(plugin).pop("clip_grad_by_norm"))
         self.steps = 0
+        self._checkpoints.begin()
+        self._begin_replicas(module)
         self._checkpoints.restore()
         if self.probability is not None:
             checks.warn_of_repeats(module, trainer.accumulate_grad_batches, self.probability)
-        self._undo.append(StopSignal(trainer, lambda: True, self._ask_zero, True).undo)
+        meets, late = (lambda: True), True
+        if self.replicas is not None:
+            meets, late = self.replicas.engine.meets, self.replicas.plan.overlaps
+        self._undo.append(StopSignal(trainer, meets, self._ask_zero, late).undo)
 
     def _let_apart(self, metric: Metric) -> None:
         """Evaluation updates a metric alike on all ranks, which must not be summed; a training step on one rank only."""
-        before, logs = metric.distributed_available_fn, self._logs
-        metric.distributed_available_fn = lambda: id(metric) in logs.apart and before()
+        before, logs, several = metric.distributed_available_fn, self._logs, self._pipelines > 1
+        metric.distributed_available_fn = lambda: (several or id(metric) in logs.apart) and before()
         self._undo.append(lambda: setattr(metric, "distributed_available_fn", before))
+        if several and metric.process_group is None:
+            metric.process_group = self._islands.metrics if self._islands is not None else None
+            self._undo.append(lambda: setattr(metric, "process_group", None))
 
     # ------------------------------------------------------------------ the step
 
     def on_train_start(self) -> None:
-        """Restore random states."""
+        """Refuse unequal numbers of batches, and restore random states."""
         super().on_train_start()
+        with self._answers("comparison of loaders"):
+            start.refuse_unequal_loaders(self._trainer.num_training_batches, self.world_size)
         self._checkpoints.resume.on_train_start(self._trainer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -296,6 +367,8 @@ class PipelineStrategy(Collectives):
             self._compare(batch)
         fresh = self._lazy is None or self._lazy.fresh(self._trainer.current_epoch, number)
         self._replay.batch_idx = number
+        if self.replicas is not None:
+            self.replicas.before_step()
         own = self.parts.own
         held = take_gradients(own)
         self._logs.begin(batch)
@@ -319,20 +392,31 @@ class PipelineStrategy(Collectives):
     def _compare(self, batch: Any) -> None:
         """Refuse batches that differ between ranks, once per epoch."""
         sums = [int(digest(as_bytes(t.detach()), 0)) for t in tensors(batch)]
-        found: list[Any] = [None] * self.world_size
+        assert self.pipeline is not None
+        found: list[Any] = [None] * self.pipeline.mail.size
         with self._answers("comparison of batches"):
-            dist.all_gather_object(found, sums)
+            dist.all_gather_object(found, sums, group=self.pipeline.mail.group)
         if any(other != found[0] for other in found):
             raise ValueError(
                 f"{type(self).__name__}: ranks read different batches; all stages work on the same one, so load the same data in "
                 "the same order on all ranks"
             )
 
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """What the stages have computed is added to the gradients next."""
+        super().pre_backward(closure_loss)
+        if self.replicas is not None:
+            self.replicas.before_backward()
+
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """One optimizer step of this rank's stages."""
         assert self.pipeline is not None
         assert self.lightning_module is not None
+        if self.replicas is not None:
+            closure = self.replicas.with_gradients(closure)
         out = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self.replicas is not None:
+            self.replicas.after_step()
         self.steps += 1
         log_ledger(self.lightning_module, self.pipeline.ledger, self.steps)
         return out
@@ -353,18 +437,24 @@ class PipelineStrategy(Collectives):
         return self.pipeline.forward(args[0])
 
     def on_validation_start(self) -> None:
-        """Hold the random generators."""
+        """Hold the random generators; the mean of all replicas is what is measured."""
         super().on_validation_start()
         self._checkpoints.resume.on_validation_start(self._trainer)
+        if self.replicas is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self.replicas.consensus.show()
 
     def on_validation_end(self) -> None:
-        """Put the random generators back."""
+        """Put the random generators, and the replica's own weights, back."""
+        if self.replicas is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self.replicas.consensus.hide()
         self._checkpoints.resume.on_validation_end()
         super().on_validation_end()
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """The tensor itself: all ranks have one value, as they are one replica."""
-        return tensor
+        """Over replicas: the tensor itself if there is one, as all its ranks have one value."""
+        if self._islands is None or self._islands.count == 1:
+            return tensor
+        return super().reduce(tensor, group or self._islands.metrics, reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all ranks, or any, decided so."""
@@ -374,15 +464,23 @@ class PipelineStrategy(Collectives):
         return int(total) == self.world_size if all else bool(total)
 
     def on_train_end(self) -> None:
-        """Make the module whole again."""
+        """Make the module whole again, with the mean of all replicas."""
         if self.parts is not None and not self.interrupted:
-            self._checkpoints.resume.on_train_end(self._trainer)
+            self._checkpoints.end()
+            if self.replicas is not None:
+                self.replicas.finish()
             if self.whole_at_end:
                 with self._answers("weights of all stages"):
                     self.parts.fill()
         super().on_train_end()
 
     # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def layout(self) -> str:
+        """How many ranks there are, in how many pipelines."""
+        pipelines = f" in {self._pipelines} pipelines, {self.plan!r}" if self._pipelines > 1 else ""
+        return f"{self.world_size} rank{'s' if self.world_size > 1 else ''}{pipelines}"
 
     @property
     def signature(self) -> str:
@@ -394,11 +492,11 @@ class PipelineStrategy(Collectives):
         )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """That of the whole model on the rank that writes it. Collective."""
+        """That of the whole model, the mean of all replicas, on the rank that writes it. Collective."""
         if self.parts is None or self.interrupted:
             return super().lightning_module_state_dict()
         with self._answers("weights for a checkpoint"):
-            return self.parts.state_dict()
+            return self._checkpoints.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """That of the whole model on the rank that writes it. Collective."""
@@ -469,7 +567,7 @@ class PipelineStrategy(Collectives):
         named = re.match(r"rank(?:\(s\))? (\d+)", who)
         if named is None or self.pipeline is None:
             return who
-        held = sorted({stage for _, stage in self.pipeline.program.held(int(named[1]))})
+        held = sorted({stage for _, stage in self.pipeline.program.held(int(named[1]) % self.pipeline.mail.size)})
         return f"{who}; rank {named[1]} has stage {', '.join(map(str, held))}"
 
     def on_exception(self, exception: BaseException) -> None:
@@ -482,6 +580,8 @@ class PipelineStrategy(Collectives):
         """Undo everything local; nothing here waits for other ranks."""
         while self._undo:
             self._undo.pop()()
+        if self.replicas is not None:
+            self.replicas.close()
         if self._watch is not None:
             self._watch.stop()
         self._lazy = None

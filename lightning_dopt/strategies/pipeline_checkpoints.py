@@ -37,8 +37,32 @@ class PipelineCheckpoints:
         self.strategy = strategy
         self.resume = ExactResume()
         self._restored: State | None = None
+        self._final: State | None = None
+
+    @property
+    def restored(self) -> bool:
+        """Whether this rank has read a state of its own, which waits for :meth:`restore`."""
+        return self._restored is not None
+
+    def begin(self) -> None:
+        """A fit begins."""
+        self._final = None
+
+    def end(self) -> None:
+        """Training has ended: keep what this rank ended with, for checkpoints saved later."""
+        self.resume.on_train_end(self.strategy.lightning_module.trainer)  # type: ignore[union-attr]
+        self._final = self._replica_state()
 
     # ------------------------------------------------------------------ save
+
+    def state_dict(self) -> State:
+        """That of the whole model on the rank that writes it. Collective."""
+        s = self.strategy
+        assert s.parts is not None
+        if s.replicas is None or self._final is not None or s.replicas.consensus.shown:
+            return s.parts.state_dict()
+        with s.replicas.consensus.model():
+            return copied(s.parts.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> State:
         """That of the whole model on the rank that writes it, elsewhere this rank's part. Collective."""
@@ -71,7 +95,7 @@ class PipelineCheckpoints:
             s.checkpoint_io.save_checkpoint(self._own_state(checkpoint), file, storage_options=storage_options)
             s.barrier("ranks saved")
             checkpoint = ordinary(checkpoint)
-            checkpoint[KEY] = {"ranks": tag, "world_size": s.world_size, "pipeline": s.signature}
+            checkpoint[KEY] = {"ranks": tag, "layout": s.layout, "pipeline": s.signature}
         write(checkpoint, path)
         if s.is_global_zero and KEY in checkpoint:
             replica_files.prune(path, keep=tag)
@@ -86,7 +110,17 @@ class PipelineCheckpoints:
             "ledger": s.pipeline.ledger.state_dict(),
             "resume": self.resume.save_state(s.lightning_module.trainer),
             "loops": checkpoint["loops"],
+            "replica": self._final if self._final is not None else self._replica_state(),
         }
+
+    def _replica_state(self) -> State | None:
+        """What differs between replicas, if there are several."""
+        s = self.strategy
+        if s.replicas is None:
+            return None
+        assert s.parts is not None
+        own = s.replicas.own_state(s.parts.module, s.parts.foreign)
+        return own | {"optimizer_states": copied([_private.unwrap_optimizer(o).state_dict() for o in s.optimizers])}
 
     # ------------------------------------------------------------------ restore
 
@@ -103,11 +137,10 @@ class PipelineCheckpoints:
         fitting = s.lightning_module is not None and s.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if not fitting or pointer is None:
             return main
-        tag, size = str(pointer["ranks"]), int(pointer["world_size"])
-        if size != s.world_size:
-            self._warn(path, f"was written by {size} ranks, this run has {s.world_size}")
+        if pointer["layout"] != s.layout:
+            self._warn(path, f"was written by {pointer['layout']}, this run has {s.layout}")
             return main
-        file = replica_files.file(path, tag, s.global_rank, size)
+        file = replica_files.file(path, str(pointer["ranks"]), s.global_rank, s.world_size)
         mine: State | None
         try:
             mine = read(file)
@@ -119,6 +152,9 @@ class PipelineCheckpoints:
         assert mine is not None
         self._restored = {**mine, "written_by": pointer["pipeline"], "path": path}
         main["loops"] = mine["loops"]
+        if mine["replica"] is not None:
+            main["state_dict"] = {**main["state_dict"], **mine["replica"]["weights"]}
+            main["optimizer_states"] = mine["replica"]["optimizer_states"]
         self.resume.load_state(mine["resume"], main)
         return main
 
@@ -130,6 +166,8 @@ class PipelineCheckpoints:
             return
         s.steps = int(state["steps"])
         s.pipeline.ledger.load_state_dict(state["ledger"])
+        if state["replica"] is not None and s.replicas is not None:
+            s.replicas.engine.load_state_dict(state["replica"]["engine"])
         if state["written_by"] == s.signature:
             s.pipeline.load_state_dict(state["pipeline"])
         else:

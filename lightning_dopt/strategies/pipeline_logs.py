@@ -90,7 +90,7 @@ class StepLogs:
             name, tuple(options.items()), _reduction(options.get("reduce_fx")), dtype, metric, size is not None
         )
         row = self._rows.setdefault(kind, [float("nan")] * _FIELDS)
-        self._add(kind, row, float(number) if number is not None else 0.0, self._weight, float(size or 0))
+        self._add(kind, row, _number(number), self._weight, float(size or 0))
 
     def _add(self, kind: _Kind, row: list[float], value: float, weight: float, size: float) -> None:
         if row[1] != row[1]:  # the first one
@@ -163,6 +163,11 @@ class StepLogs:
             if child is metric:
                 return name
         raise ValueError(f"{type(metric).__name__}: a metric that is logged must be an attribute of the module")
+
+
+def _number(value: Any) -> float:
+    """A logged value; 0 where a metric is worth nothing in a step."""
+    return float(value.detach() if isinstance(value, Tensor) else value) if value is not None else 0.0
 
 
 def _reduction(chosen: Any) -> Reduction:

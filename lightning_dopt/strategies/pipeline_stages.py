@@ -22,20 +22,29 @@ class StagesOfModule:
         stages: All stages of a network in it, which share its tensors.
         holders: For each stage the ranks of the default group that hold it; the first one speaks for its tensors.
         rank: This rank in the default group.
-        zero: The rank that has all values before, and is given all of them for checkpoints.
+        ranks: The ranks that hold one whole model for all; the first one has all values before, and is given all of them for
+            checkpoints.
     """
 
     def __init__(
-        self, module: nn.Module, stages: Sequence[nn.Module], holders: Sequence[Sequence[int]], rank: int, zero: int = 0
+        self,
+        module: nn.Module,
+        stages: Sequence[nn.Module],
+        holders: Sequence[Sequence[int]],
+        rank: int,
+        ranks: Sequence[int],
     ) -> None:
-        self.module, self.rank, self.zero = module, rank, zero
-        self.ranks = sorted({r for row in holders for r in row})
+        self.module, self.rank, self.ranks, self.zero = module, rank, ranks, ranks[0]
         places: dict[int, list[int]] = {}
+        shared: set[int] = set()
         for stage, row in zip(stages, holders, strict=True):
             for tensor in (*stage.parameters(), *stage.buffers()):
+                shared |= {id(tensor)} if id(tensor) in places and places[id(tensor)] != [*row] else set()
                 places[id(tensor)] = list(dict.fromkeys([*places.get(id(tensor), []), *row]))
         self.holders = {name: places[id(t)] for name, t in _named(module) if id(t) in places}
         """The ranks that hold each parameter and buffer of the network, by its name in the module, in one order on all ranks."""
+        self.tied = [name for name, p in module.named_parameters() if id(p) in shared]
+        """Parameters in stages of several ranks."""
 
     @property
     def foreign(self) -> list[str]:
@@ -115,7 +124,9 @@ class StagesOfModule:
             )
 
     def collect(self, mine: Any) -> list[Any]:
-        """On the rank ``zero`` what every rank of these stages gave, in their order; elsewhere nothing. Collective."""
+        """On the first of ``ranks`` what each of them gave, in their order; elsewhere nothing. Collective."""
+        if self.rank not in self.ranks:
+            return []
         if self.rank != self.zero:
             dist.send_object_list([mine], self.zero)
             return []
