@@ -23,6 +23,7 @@ from trainer_tools import on_ranks, regression, trainer
 
 from lightning_dopt import Drifted, Int4, PipelineStrategy, Plan, ReplicaStrategy, Ring, Sync, plans
 from lightning_dopt.pipeline import AQSGD, Clapping, Direct
+from lightning_dopt.pipeline.torch_schedules import available
 from lightning_dopt.strategies import pipeline as pipeline_strategy
 from lightning_dopt.strategies.pipeline_lazy import LazyBatches
 from lightning_dopt.strategies.pipeline_replicas import MEAN_GRADIENT
@@ -117,15 +118,25 @@ class Placeholders(Callback):
         )
 
 
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "1f1b": {"num_microbatches": 4, "engine": "native"},
+    "bitpipe": {"schedule": "bitpipe", "num_microbatches": 2},
+    "torch": {"num_microbatches": 4},
+    "zbv": {"schedule": "zbv", "num_microbatches": 5},
+}
+if not available("zbv"):
+    del SCHEDULES["zbv"]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_equals_one_process(tmp_path: Path) -> None:
     """Weights, losses and logged values in double precision, with accumulation, clipping, a scheduler and a short batch."""
 
     def job(rank: int) -> Any:
         results = {}
-        for name in ("1f1b", "bitpipe"):
+        for name, options in SCHEDULES.items():
             module, count = Classifier(), Placeholders()
-            strategy = PipelineStrategy(schedule=name, num_microbatches=4 if name == "1f1b" else 2)
+            strategy = PipelineStrategy(**options)
             saver = ModelCheckpoint(tmp_path / name, "{epoch}-{val_loss:.6f}", monitor="val_loss", save_top_k=2)
             stop = EarlyStopping("val_loss", patience=5)
             fitter = staged(module, strategy, callbacks=[count, saver, stop])
@@ -148,7 +159,7 @@ def test_equals_one_process(tmp_path: Path) -> None:
     module = Classifier()
     fitter = plain(module)
     elements = sum(p.numel() for p in module.parameters())
-    for name in ("1f1b", "bitpipe"):
+    for name in SCHEDULES:
         zero, one = answers[0][name], answers[1][name]
         for result in (zero, one):
             for key, value in module.state_dict().items():
@@ -161,6 +172,8 @@ def test_equals_one_process(tmp_path: Path) -> None:
             torch.testing.assert_close(result["predictions"], module.model(x), atol=1e-10, rtol=1e-10)
         assert zero["best"] == one["best"]
         assert zero["test"] == one["test"]
+    sent = [float(answers[0][name]["metrics"]["comm/bytes/activations"]) for name in ("1f1b", "torch")]
+    assert sent == [2 * 22 * 8 * 8] * 2, "rows of eight doubles, in both engines"
     held = [answers[rank]["1f1b"]["memory"] for rank in range(2)]
     assert sum(states for _, states in held) == 2 * elements, "two states of Adam for each weight, on one rank"
     for held_elements, states in held:
@@ -321,7 +334,16 @@ def clapping(probability: float) -> Clapping:
             r"PipelineStrategy\(num_microbatches=4\) with schedule 'interleaved' on 3 processes: must be a multiple",
         ),
         (made(num_microbatches=0), r"PipelineStrategy\(num_microbatches=0\): must be an integer of at least 1"),
-        (made(chunks=2), r"PipelineStrategy\(chunks=2\): only schedule='interleaved'"),
+        (made(chunks=2), r"PipelineStrategy\(chunks=2\) with schedule '1f1b' on 3 processes: only interleaved"),
+        (made(engine="fast"), r"PipelineStrategy\(engine='fast'\): must be one of 'auto'"),
+        (
+            made(engine="torch", schedule="bitpipe"),
+            r"PipelineStrategy\(engine='torch'\): this torch does not have 'bitpipe'",
+        ),
+        (
+            made(engine="torch", activation_link=Direct(Int4())),
+            r"PipelineStrategy\(engine='torch'\): torch sends tensors as",
+        ),
         (made(split=[1]), r"PipelineStrategy\(split=\[1\]\): makes 2 stages, but '1f1b' on 3 processes has 3"),
         (made(pipeline_size=2), r"PipelineStrategy\(pipeline_size=2\): must divide the number of processes, 3"),
         (made(plan=plans.diloco()), r"PipelineStrategy\(plan=...\): there is one pipeline only"),

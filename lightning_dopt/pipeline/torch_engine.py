@@ -138,6 +138,11 @@ class _Engine:
         options = {"scale_grads": False} if "scale_grads" in inspect.signature(kind.__init__).parameters else {}
         stages = made[0] if program.name in ONE_STAGE else made
         self.schedule = kind(stages, program.microbatches, loss_fn=self._loss, **options)
+        here, n = sorted(seen), program.microbatches
+        self.sent = {
+            "activations": n * sum(seen[s][1].nbytes for s in here if s < last and not program.local(0, s)),
+            "gradients": n * sum(seen[s][0].nbytes for s in here if s > 0 and not program.local(0, s - 1)),
+        }
         self.first, self.last = (program.rank_of(0, s) == runner.mail.rank for s in (0, last))
 
     run: _Pass | None
@@ -156,6 +161,9 @@ class _Engine:
             raise self._gave_up(error) from error
         finally:
             self.run = self.output = None
+        for label, nbytes in self.sent.items():  # torch's own transport does not count
+            if nbytes:
+                self.runner.mail.ledger.sent(label, nbytes)
 
     def computed(self, number: int, x: Tensor, m: int) -> Tensor:
         """What torch is given as the output of a stage."""

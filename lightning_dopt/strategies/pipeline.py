@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,9 @@ from lightning_dopt._random import key
 from lightning_dopt.comm import ProcessGroupWorld
 from lightning_dopt.comm.seal import digest
 from lightning_dopt.compress._wire import as_bytes
-from lightning_dopt.pipeline import Link, Pipeline, Program, Replay, Schedule, cut
+from lightning_dopt.pipeline import Link, Pipeline, Program, Replay, Schedule, cut, make_pipeline
 from lightning_dopt.pipeline.batches import tensors
+from lightning_dopt.pipeline.engines import Engine as PipelineEngine
 from lightning_dopt.plan import Plan
 from lightning_dopt.strategies import _private, failure, replica_files, start
 from lightning_dopt.strategies import pipeline_checks as checks
@@ -61,13 +62,15 @@ class PipelineStrategy(Collectives):
     Args:
         split: Before which modules of the network stages begin: their indices or names, in order; ``None`` balances the
             parameters. See :func:`~lightning_dopt.pipeline.cut`.
-        schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved"`` or ``"bitpipe"``.
+        schedule: The name of a schedule, see :func:`~lightning_dopt.pipeline.make_program`.
         num_microbatches: Parts that a batch is cut into. Of unequal size they count by their samples; a shorter batch has
             as many as samples.
         activation_link: What happens to activations on their way, such as ``Clapping("FU", 0.5, Int4())``; ``None`` sends
             them as they are.
         gradient_link: What happens to the gradients of activations.
-        chunks: Stages per rank with ``schedule="interleaved"``; ``None`` means 2.
+        chunks: Stages per rank with schedules that can have any number, such as ``"interleaved"``; ``None`` means 2.
+        engine: ``"torch"``: ``torch.distributed.pipelining`` runs the steps, ``"native"``: the runtime of this package does,
+            ``"auto"``: torch where there are no links and it has the schedule.
         network: The name in the module of the network that is cut; ``""`` for the module itself, which its step then calls.
         samples: The entry of a batch (key or index) with the number in the data set of each sample, for ``AQSGD``.
         pipeline_size: Ranks of one pipeline; ``None``: all. With fewer than there are, several pipelines train replicas of the
@@ -98,6 +101,7 @@ class PipelineStrategy(Collectives):
         activation_link: Link | None = None,
         gradient_link: Link | None = None,
         chunks: int | None = None,
+        engine: PipelineEngine = "auto",
         network: str = "model",
         samples: int | str | None = None,
         pipeline_size: int | None = None,
@@ -114,9 +118,8 @@ class PipelineStrategy(Collectives):
         precision_plugin: Precision | None = None,
     ) -> None:
         name = type(self).__name__
-        check_choice(name, "schedule", schedule, ("gpipe", "1f1b", "interleaved", "bitpipe"))
-        if chunks is not None and schedule != "interleaved":
-            raise ValueError(f"{name}(chunks={chunks!r}): only schedule='interleaved' chooses its stages per rank")
+        check_choice(name, "schedule", schedule, get_args(Schedule))
+        check_choice(name, "engine", engine, get_args(PipelineEngine))
         if isinstance(split, str) or not all(isinstance(entry, (int, str)) for entry in split or ()):
             raise ValueError(f"{name}(split={split!r}): must be a list of indices or names, or None")
         for option, link in (("activation_link", activation_link), ("gradient_link", gradient_link)):
@@ -126,11 +129,13 @@ class PipelineStrategy(Collectives):
         if timeout <= timedelta(0):
             raise ValueError(f"{name}(timeout={timeout!r}): must be longer than zero")
         self.split = list(split) if split is not None else None
+        self.pipeline_engine = engine
         self.schedule, self.chunks, self.network, self.samples = schedule, chunks, network, samples
         self.num_microbatches = check_int(name, "num_microbatches", num_microbatches, 1)
         self.activation_link, self.gradient_link = activation_link, gradient_link
         self.links = [link for link in (activation_link, gradient_link) if link is not None]
         self.probability = checks.check_links(self.links, samples)
+        checks.check_engine(engine, schedule, self.links)
         self.pipeline_size = check_int(name, "pipeline_size", pipeline_size, 1) if pipeline_size is not None else None
         if plan is not None and not isinstance(plan, Plan):
             raise ValueError(f"{name}(plan={plan!r}): must be a Plan, such as plans.diloco()")
@@ -270,7 +275,7 @@ class PipelineStrategy(Collectives):
             self.parts.free()
         self._replay, self._names = replay, [getattr(stage, "names", ()) for stage in stages]
         before = self.pipeline
-        self.pipeline = Pipeline(
+        self.pipeline = make_pipeline(
             stages,
             program,
             self._loss,
@@ -281,6 +286,7 @@ class PipelineStrategy(Collectives):
             self.timeout,
             islands.pipeline,
             self.precision_plugin.train_step_context,
+            self.pipeline_engine,
         )
         self.pipeline.mail.diagnose = self._diagnose
         if before is not None and not fitting:  # an evaluation between two fits

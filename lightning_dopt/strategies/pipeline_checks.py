@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_dopt.pipeline import Clapping, Link, Program, Schedule, make_program
+from lightning_dopt.pipeline.engines import Engine
+from lightning_dopt.pipeline.torch_schedules import TORCH_SCHEDULES, available
 from lightning_dopt.strategies import _private
 
 NAME = "PipelineStrategy"
@@ -28,8 +30,8 @@ def program_for(schedule: Schedule, ranks: int, num_microbatches: int, chunks: i
         return make_program(schedule, ranks, num_microbatches, chunks)
     except ValueError as error:
         reason = str(error).partition(": ")[2]
-        option = "num_microbatches" if "microbatches=" in str(error) else "schedule"
-        value = num_microbatches if option == "num_microbatches" else schedule
+        options = {"microbatches=": ("num_microbatches", num_microbatches), "chunks=": ("chunks", chunks)}
+        option, value = next((ours for theirs, ours in options.items() if theirs in str(error)), ("schedule", schedule))
         raise ValueError(
             f"{NAME}({option}={value!r}) with schedule {schedule!r} on {ranks} processes: {reason}"
         ) from None
@@ -50,6 +52,18 @@ def check_links(links: Sequence[Link], samples: int | str | None) -> float | Non
     if samples is not None and not by_sample:
         raise ValueError(f"{NAME}(samples={samples!r}): only AQSGD needs the numbers of samples")
     return lazy.pop() if lazy else None
+
+
+def check_engine(engine: Engine, schedule: Schedule, links: Sequence[Link]) -> None:
+    """Refuse torch's engine where it cannot run.
+
+    Raises:
+        ValueError: With links, or with a schedule that it does not have.
+    """
+    if engine == "torch" and links:
+        raise ValueError(f"{NAME}(engine='torch'): torch sends tensors as they are; with links take 'auto' or 'native'")
+    if engine == "torch" and not (schedule in TORCH_SCHEDULES and available(schedule)):
+        raise ValueError(f"{NAME}(engine='torch'): this torch does not have {schedule!r}; take 'auto' or 'native'")
 
 
 def check_devices(devices: Sequence[torch.device] | None, precision: Any) -> None:
