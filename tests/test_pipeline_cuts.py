@@ -71,10 +71,12 @@ def equal_to_the_model(
         x: Any = batch[0]
         for stage in stages:
             x = stage(x)
-        torch.testing.assert_close(logits(x), logits(expected), **EXACT)
+        assert type(stages[-1].finish(x)) is type(expected)  # type: ignore[operator]
+        torch.testing.assert_close(x, logits(expected), **EXACT)
         assert {s.model_name(n) for s in stages for n, _ in s.named_parameters(remove_duplicate=False)} == names  # type: ignore[operator]
         pipeline = SimulatedPipeline(stages, program, loss)
-        assert float(pipeline.step(batch)) == pytest.approx(float(value), abs=1e-10)
+        assert float(pipeline.step(batch)) == pytest.approx(float(value.detach()), abs=1e-10)
+        torch.testing.assert_close(logits(pipeline.forward(batch[0])), logits(expected), **EXACT)
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, gradients[name], **EXACT)
 

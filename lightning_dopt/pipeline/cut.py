@@ -104,8 +104,8 @@ def _plan(
 
 
 def _block_stages(model: nn.Module, family: Family, units: list[Unit], starts: Sequence[int]) -> list[BlockStage]:
-    bounds = list(pairwise([0, *starts, len(units)]))
-    return [BlockStage(model, family, units, [name for name, _ in units[a:b]], b == len(units)) for a, b in bounds]
+    bounds = pairwise([0, *starts, len(units)])
+    return [BlockStage(model, family, units, [name for name, _ in units[a:b]]) for a, b in bounds]
 
 
 def _open(module: nn.Module) -> bool:

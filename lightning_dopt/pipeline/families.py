@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,19 +26,29 @@ class Family:
         before: Names of the modules that run before the blocks, in order.
         after: Names of the modules that run after them, in order.
         arguments: Arguments that the forward is always given, such as ``{"use_cache": False}``.
+        output: Makes what the model returns of the tensor that its last module gives; ``None``: the tensor itself.
     """
 
     blocks: str
     before: tuple[str, ...]
     after: tuple[str, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    output: Callable[[Tensor], Any] | None = None
+
+
+def _with_logits(logits: Tensor) -> Any:
+    return import_module("transformers.modeling_outputs").CausalLMOutputWithPast(logits=logits)
+
+
+def _with_hidden_state(hidden: Tensor) -> Any:
+    return import_module("transformers.modeling_outputs").BaseModelOutputWithPast(last_hidden_state=hidden)
 
 
 _FAMILIES: dict[str, Family] = {
     "transformers.LlamaForCausalLM": Family(
-        "model.layers", ("model.embed_tokens",), ("model.norm", "lm_head"), {"use_cache": False}
+        "model.layers", ("model.embed_tokens",), ("model.norm", "lm_head"), {"use_cache": False}, _with_logits
     ),
-    "transformers.LlamaModel": Family("layers", ("embed_tokens",), ("norm",), {"use_cache": False}),
+    "transformers.LlamaModel": Family("layers", ("embed_tokens",), ("norm",), {"use_cache": False}, _with_hidden_state),
 }
 
 
@@ -60,17 +71,20 @@ def family_units(model: nn.Module, family: Family) -> list[Unit]:
 class BlockStage(Stage):
     """Some of the blocks of a model, in the model's own forward."""
 
-    def __init__(
-        self, model: nn.Module, family: Family, units: Sequence[Unit], names: Sequence[str], last: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, family: Family, units: Sequence[Unit], names: Sequence[str]) -> None:
         super().__init__(names)
         self.model = _with_only(model, family, {name for name, _ in units} - set(names))
-        self.arguments, self.last = dict(family.arguments), last
+        self.arguments, self.output = dict(family.arguments), family.output
 
-    def forward(self, x: Tensor) -> Any:
-        """From the hidden state, or tokens, to the hidden state; in the last stage to what the model returns."""
+    def forward(self, x: Tensor) -> Tensor:
+        """From the hidden state, or tokens, to the hidden state, or what the model's last module gives."""
         output = self.model(x, **self.arguments)
-        return output if self.last or isinstance(output, Tensor) else output[0]
+        found: Tensor = output if isinstance(output, Tensor) else output[0]
+        return found
+
+    def finish(self, output: Tensor) -> Any:
+        """What the model returns."""
+        return output if self.output is None else self.output(output)
 
     def model_name(self, name: str) -> str:
         """Without ``"model."``, the name under which the stage has the model."""

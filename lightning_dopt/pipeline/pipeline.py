@@ -19,6 +19,7 @@ from lightning_dopt.pipeline.links import Link
 from lightning_dopt.pipeline.mail import LocalMail, Mail, ProcessMail, run, take_turns
 from lightning_dopt.pipeline.program import Program
 from lightning_dopt.pipeline.runner import Context, Loss, Runner, stages_of
+from lightning_dopt.pipeline.stage import Stage
 from lightning_dopt.pipeline.tied import separate, ties
 
 
@@ -71,6 +72,8 @@ class _Pipeline(ABC):
         ]
         for runner in self.runners:
             runner.ties = found
+            if isinstance(stages[-1], Stage):
+                runner.finish = stages[-1].finish
 
     @abstractmethod
     def _held(self, rank: int, stages: Sequence[nn.Module]) -> Mapping[tuple[int, int], nn.Module]:
@@ -103,11 +106,11 @@ class _Pipeline(ABC):
         """
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """The output of the whole model for ``x``, the same tensor on all ranks; collective, as :meth:`step` is.
 
         Without gradients, past the links; the last stage sends it to all ranks in full. ``x`` has a sample in each row,
-        and so has the output.
+        and so has the output; a model of Hugging Face returns it as its own model does.
         """
 
     @abstractmethod
@@ -220,7 +223,7 @@ class Pipeline(_Pipeline):
         """See :meth:`SimulatedPipeline.evaluate`."""
         return run(self.runners[0].evaluate(batch))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """See :meth:`SimulatedPipeline.forward`."""
         return run(self.runners[0].forward(x))
 
@@ -293,7 +296,7 @@ class SimulatedPipeline(_Pipeline):
         """See :meth:`Pipeline.evaluate`."""
         return take_turns([runner.evaluate(batch) for runner in self.runners])[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """See :meth:`Pipeline.forward`."""
         return take_turns([runner.forward(x) for runner in self.runners])[0]
 

@@ -86,6 +86,8 @@ class Runner:
         self.program, self.stages, self.loss, self.inputs, self.mail = program, dict(stages), loss, inputs, mail
         self.links: dict[str, Link] = {"activation": activation_link or Plain(), "gradient": gradient_link or Plain()}
         self.seed = seed
+        self.finish: Callable[[Tensor], Any] = _as_it_is
+        """What the model returns, made of the output of its last stage."""
         self.ties: list[Tie] = []
         """Parameters that other ranks train, too; see :mod:`lightning_dopt.pipeline.tied`."""
         self.step = 0
@@ -124,7 +126,7 @@ class Runner:
         yield from self._walk(run)
         return (yield from self._end(run))
 
-    def forward(self, x: Tensor) -> Talk[Tensor]:
+    def forward(self, x: Tensor) -> Talk[Any]:
         """The model's output for ``x``, without gradients and past the links. Result: the whole output."""
         run = self._begin(x, True, None, False, None)
         yield from self._walk(run)
@@ -133,7 +135,7 @@ class Runner:
             owner = self.program.rank_of(pipes[m], self.program.stages - 1)
             run.results[m] = yield from self._output(owner, run.results.get(m), m, x.device)
         self.mail.finish()
-        return torch.cat([run.results[m] for m in range(len(run.parts))])
+        return self.finish(torch.cat([run.results[m] for m in range(len(run.parts))]))
 
     def share(self, owner: int, tensor: Tensor, label: str) -> Talk[Tensor]:
         """A tensor of the rank ``owner``; on the others ``tensor`` is a box of the same shape and dtype."""
@@ -262,12 +264,12 @@ class Runner:
         with self.context(), _random(self.seed, self.draws, stage, m, x.device):
             return self.stages[pipe, stage](x)
 
-    def _loss_of(self, y: Any, m: int, run: _Pass) -> Tensor:
+    def _loss_of(self, y: Tensor, m: int, run: _Pass) -> Tensor:
         """The share of a micro-batch in the loss."""
         assert run.loss is not None
         device = next(tensors(run.parts[m])).device
         with self.context(), _random(self.seed, self.draws, self.program.stages, m, device):
-            return run.loss(y, run.parts[m]) * run.weights[m]
+            return run.loss(self.finish(y), run.parts[m]) * run.weights[m]
 
     def _input(self, m: int, run: _Pass) -> Tensor:
         """What the model is given; what is drawn for it, and again on the way to the loss, is the same."""
@@ -391,6 +393,10 @@ class Runner:
     def _tag(self, kind: str, pipe: int, place: int, m: int) -> int:
         number = (_KINDS.index(kind) * 2 + pipe) * self.program.stages + place
         return number * self.program.microbatches + m
+
+
+def _as_it_is(output: Tensor) -> Any:
+    return output
 
 
 @contextmanager

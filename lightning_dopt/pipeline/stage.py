@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,6 +27,10 @@ class Stage(nn.Module):
     def model_name(self, name: str) -> str:
         """The name in the model of a parameter or buffer of this stage."""
         raise NotImplementedError
+
+    def finish(self, output: Tensor) -> Any:
+        """What the model returns, made of the output of its last stage."""
+        return output
 
 
 class SequentialStage(Stage):

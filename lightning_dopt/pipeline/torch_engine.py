@@ -88,7 +88,10 @@ class _TorchRunner(Runner):
         engine.step(run)
 
     def _first_part(self, run: _Pass) -> _Pass:
-        return _Pass(run.parts[:1], run.weights[:1], run.notes[:1], run.signatures[:1], False, run.loss)
+        """Only as far as the output of the last stage."""
+        first = self.program.rank_of(0, 0) == self.mail.rank
+        given = [self._input(0, run)] if first else run.parts[:1]
+        return _Pass(given, run.weights[:1], run.notes[:1], run.signatures[:1], False, None)
 
     @contextmanager
     def _shapes(self) -> Iterator[dict[int, tuple[Any, Any]]]:
@@ -123,7 +126,12 @@ class _Engine:
     def __init__(self, runner: _TorchRunner, seen: dict[int, tuple[Any, Any]]) -> None:
         from torch.distributed.pipelining import PipelineStage
 
-        self.runner, self.run, self.error = runner, None, None
+        self.runner = runner
+        self.run: _Pass | None = None
+        self.output: Tensor | None = None
+        """Of the last stage, until its loss is taken."""
+        self.error: BaseException | None = None
+        """Of the model, which torch would wrap."""
         assert isinstance(runner.mail, ProcessMail)
         program, last = runner.program, runner.program.stages - 1
         index = torch.zeros(1, dtype=torch.int64)
@@ -144,9 +152,6 @@ class _Engine:
             "gradients": n * sum(seen[s][0].nbytes for s in here if s > 0 and not program.local(0, s - 1)),
         }
         self.first, self.last = (program.rank_of(0, s) == runner.mail.rank for s in (0, last))
-
-    run: _Pass | None
-    error: BaseException | None
 
     def step(self, run: _Pass) -> None:
         """Forward and backward of all micro-batches, in torch's order."""
@@ -178,11 +183,12 @@ class _Engine:
         if number < self.runner.program.stages - 1:
             out: Tensor = y
             return out if out.requires_grad else out.requires_grad_()  # torch wants it of a frozen stage, too
-        self.output = y  # may be anything; the loss is taken right after
+        self.output = y  # the loss is taken right after
         return torch.zeros(1)
 
     def _loss(self, _: Tensor, number: Tensor) -> Tensor:
         assert self.run is not None
+        assert self.output is not None
         try:
             loss = self.runner._loss_of(self.output, int(number), self.run)
         except BaseException as error:
