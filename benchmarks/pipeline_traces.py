@@ -110,6 +110,7 @@ def draw(program: Program, ranks: Sequence[Sequence[Span]], measured: float, pat
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     colours = {"F": ("#9ecae9", "#4c78a8"), "I": ("#ffbf79", "#f58518"), "W": ("#a9d8a0", "#54a24b")}
     start, end = min(r[0].start for r in ranks), max(r[-1].end for r in ranks)
@@ -131,8 +132,10 @@ def draw(program: Program, ranks: Sequence[Sequence[Span]], measured: float, pat
     panel.tick_params(labelsize=7)
     panel.set_title(f"{program.name}: {100 * measured:.1f} % bubble, {end - start:.2f} s", loc="left", fontsize=9)
     figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+    picture = Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=64)  # a third of the bytes
+    picture.save(path, optimize=True)
 
 
 def main() -> None:
