@@ -19,6 +19,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import SumMetric
+from torchmetrics.classification import MulticlassAccuracy
 from trainer_tools import on_ranks, regression, trainer
 
 from lightning_dopt import Drifted, Int4, PipelineStrategy, Plan, ReplicaStrategy, Ring, Sync, plans
@@ -52,10 +54,14 @@ class Classifier(LightningModule):
                 nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3)
             ).to(dtype)
         self.losses: list[float] = []
+        self.accuracy = MulticlassAccuracy(3, average="micro")
+        self.counted = SumMetric()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         logits = self.model(x * 0.5)
+        self.accuracy(logits, y)
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
         loss = nn.functional.cross_entropy(logits, y)
         self.log("loss", loss, on_step=True, on_epoch=True)
         self.log_dict({"right": (logits.argmax(1) == y).double().mean()}, on_epoch=True, batch_size=len(y))
@@ -65,6 +71,8 @@ class Classifier(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
         self.log("val_loss", nn.functional.cross_entropy(self.model(x * 0.5), y), sync_dist=True)
+        self.counted(y)
+        self.log("val_sum", self.counted)
         self.log("val_count", torch.tensor(float(len(y))), reduce_fx="sum", sync_dist=True)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -118,6 +126,10 @@ class Placeholders(Callback):
         )
 
 
+KEYS = (
+    *("loss_step", "loss_epoch", "right_epoch", "most_epoch", "accuracy_step", "accuracy_epoch"),
+    *("val_loss", "val_count", "val_sum"),
+)
 SCHEDULES: dict[str, dict[str, Any]] = {
     "1f1b": {"num_microbatches": 4, "engine": "native"},
     "bitpipe": {"schedule": "bitpipe", "num_microbatches": 2},
@@ -165,9 +177,11 @@ def test_equals_one_process(tmp_path: Path) -> None:
             for key, value in module.state_dict().items():
                 torch.testing.assert_close(result["weights"][key], value, atol=1e-10, rtol=1e-10)
             assert result["losses"] == pytest.approx(module.losses, abs=1e-10)
-            for key in ("loss_step", "loss_epoch", "right_epoch", "most_epoch", "val_loss", "val_count"):
+            for key in KEYS:
                 expected = float(fitter.callback_metrics[key])
-                assert float(result["metrics"][key]) == pytest.approx(expected, abs=1e-10), key
+                # torchmetrics counts in single precision
+                far = 1e-6 if "accuracy" in key else 1e-10
+                assert float(result["metrics"][key]) == pytest.approx(expected, abs=far), key
             x = torch.cat([b[0] for b in data(8, 5)])
             torch.testing.assert_close(result["predictions"], module.model(x), atol=1e-10, rtol=1e-10)
         assert zero["best"] == one["best"]
@@ -188,6 +202,51 @@ def test_equals_one_process(tmp_path: Path) -> None:
     plain(longer, max_epochs=3)
     for key, value in longer.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_before_and_after_a_fit(tmp_path: Path) -> None:
+    """Evaluation of a checkpoint; a second fit; stages that stay apart, and what is refused of them."""
+
+    def fresh(**options: Any) -> Trainer:
+        return trainer(PipelineStrategy(num_microbatches=2, **options), 2, use_distributed_sampler=False, **OPTIONS)
+
+    def job(rank: int) -> Any:
+        first, module = fresh(whole_at_end=False), Classifier()
+        first.fit(module, data(), data(8, 5))
+        apart = {name: bool(p.isnan().any()) for name, p in module.named_parameters()}
+        tested = first.test(module, data(8, 5), verbose=False)[0]
+        path = tmp_path / "apart.ckpt"
+        first.save_checkpoint(path)
+        other = Classifier()
+        validated = fresh().validate(other, data(8, 5), ckpt_path=path, verbose=False)[0]
+        with pytest.raises(
+            ValueError, match=r"^PipelineStrategy: 'model.\d.\w+' is on another rank since an earlier fit; load a"
+        ):
+            fresh(split=[1 if rank else 5]).fit(module, data())
+        again = fresh()
+        again.fit(module, data(), data(8, 5))
+        return apart, tested, validated, whole(module), whole(other)
+
+    answers = on_ranks(job, 2)
+    module = Classifier()
+    plain(module)
+    for apart, tested, validated, _, restored in answers:
+        assert set(apart.values()) == {True, False}
+        assert apart["model.0.weight"] == (apart is answers[1][0])
+        assert tested == answers[0][1]
+        assert not any(t.isnan().any() for t in tested.values() if isinstance(t, Tensor))
+        for key, value in module.state_dict().items():
+            torch.testing.assert_close(restored[key], value, atol=1e-10, rtol=1e-10)
+        with torch.no_grad():
+            losses = [nn.functional.cross_entropy(module.model(x * 0.5), y) * len(y) / 8 for x, y in data(8, 5)]
+        assert validated["val_loss"] == pytest.approx(float(sum(losses)), abs=1e-10)
+    twice = Classifier()
+    plain(twice)
+    plain(twice)
+    for *_, weights, _ in answers:
+        for key, value in twice.state_dict().items():
+            torch.testing.assert_close(weights[key], value, atol=1e-10, rtol=1e-10)
 
 
 # ---------------------------------------------------------------------- resume
@@ -385,6 +444,7 @@ def test_refused_when_training_starts() -> None:
         stale.configure_optimizers = lambda: torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)  # type: ignore[method-assign]
         return [
             refusal(ByHand()),
+            refusal(torch.compile(Classifier())),
             refusal(Outside()),
             refusal(Classifier(), PipelineStrategy(network="net")),
             refusal(Classifier(), callbacks=[StochasticWeightAveraging(0.1)]),
@@ -395,6 +455,7 @@ def test_refused_when_training_starts() -> None:
 
     expected = [
         "PipelineStrategy: ByHand optimizes by hand, but stages need automatic optimization",
+        "PipelineStrategy: Classifier is compiled, but its step is run in two halves; compile its layers",
         "PipelineStrategy(network='model'): 'scale' is outside of it and would not be trained",
         "PipelineStrategy(network='net'): Classifier has no such module",
         "PipelineStrategy: StochasticWeightAveraging averages a whole model, which no rank has",
@@ -512,7 +573,8 @@ def test_pipelines_are_replicas(tmp_path: Path) -> None:
         options = {"max_epochs": 2, "callbacks": [saver], "accumulate_grad_batches": 1, "gradient_clip_val": 0.5}
         fitter = trainer(strategy, devices, **options)
         fitter.fit(module, data(40, dtype=torch.float32), data(8, 5, torch.float32), ckpt_path=path)
-        return whole(module), module.losses, float(fitter.callback_metrics["val_loss"])
+        told = [float(fitter.callback_metrics[key]) for key in ("val_loss", "val_count", "val_sum", "accuracy_epoch")]
+        return whole(module), module.losses, told
 
     def staged_job(rank: int) -> Any:
         told = {}
@@ -532,11 +594,11 @@ def test_pipelines_are_replicas(tmp_path: Path) -> None:
     staged_runs, whole_runs = on_ranks(staged_job, 4), on_ranks(whole_job, 2)
     for name in PLANS:
         for rank, runs in enumerate(staged_runs):
-            weights, losses, val_loss = runs[name]
-            expected, losses_of_replica, val_loss_of_all = whole_runs[rank // 2][name]
+            weights, losses, told = runs[name]
+            expected, losses_of_replica, told_of_replica = whole_runs[rank // 2][name]
             far = 5e-3 if name == "dilocox" else 2e-6  # factors begin at random, matrix by matrix of a rank
             assert losses == pytest.approx(losses_of_replica, abs=far), name
-            assert val_loss == pytest.approx(val_loss_of_all, abs=far), name
+            assert told == pytest.approx(told_of_replica, abs=far), name
             for key, value in expected.items():
                 torch.testing.assert_close(weights[key], value, atol=4 * far, rtol=0.0)
     steps = range(1, len(staged_runs[0]["diloco"][1]) + 1)

@@ -68,6 +68,11 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return getattr(optimizer, "_optimizer", optimizer)
 
 
+def is_compiled(module: Any) -> bool:
+    """Whether Lightning took a module out of ``torch.compile``, with its steps compiled."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
 def dump_checkpoint(trainer: Any) -> dict[str, Any]:
     """The whole checkpoint that ``Trainer.save_checkpoint`` would write, which has no public name by itself."""
     checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)

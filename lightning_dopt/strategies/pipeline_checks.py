@@ -89,6 +89,10 @@ def check_module(module: LightningModule, callbacks: Sequence[Any]) -> None:
         raise ValueError(f"{NAME}: {type(module).__name__} optimizes by hand, but stages need automatic optimization")
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise ValueError(f"{NAME}: {type(module).__name__}.training_step takes an iterator; it must take a batch")
+    if _private.is_compiled(module):
+        raise ValueError(
+            f"{NAME}: {type(module).__name__} is compiled, but its step is run in two halves; compile its layers"
+        )
     for callback in callbacks:
         names = {cls.__name__ for cls in type(callback).__mro__}
         if _private.averages_weights(callback) or "StochasticWeightAveraging" in names:

@@ -154,6 +154,7 @@ class StepLogs:
             metric = self.module.get_submodule(kind.metric)
             assert isinstance(metric, Metric)
             self.apart.add(id(metric))
+            metric.process_group = None  # not those with the same stages: all ranks
             _private.set_step_value(metric, number)
             number = metric
         self.module.log(kind.name, number, **options)
