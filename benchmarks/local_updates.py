@@ -20,9 +20,6 @@ import json
 import logging
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +33,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 import lightning_dopt as dopt
 from benchmarks import torchft_diloco
 from benchmarks.end_to_end import FP16DDP, CountingTimer, Losses, steps_to
+from benchmarks.ranks import run_ranks
 from lightning_dopt import plans
 from lightning_dopt.compress import E3M0
 from recipes.llm import ByteGPT, TextFolder
@@ -251,6 +249,9 @@ def main() -> None:
     p.add_argument("--links", nargs="*", type=float, default=[100.0, 20.0], help="Mbit/s")
     p.add_argument("--ms", type=float, default=0.0, help="latency of the links, one way")
     p.add_argument("--only", choices=("learn", "time"), help="one part")
+    p.add_argument(
+        "--learnt", default="", metavar="FILE", help="losses from the --json of an earlier run of the same setting"
+    )
     p.add_argument("--json", default="")
     p.add_argument("--plot", default="", metavar="FILE")
     p.add_argument("--part", choices=("learn", "time"), help=argparse.SUPPRESS)
@@ -278,45 +279,22 @@ def compare(args: argparse.Namespace) -> None:
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     options += [f"--data={args.data}"] if args.data else []
     options += ["--outer-lr", *map(str, args.outer_lr)]
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={args.workers}", "--standalone"]
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    with tempfile.TemporaryDirectory() as folder:
 
-        def part(start: list[str], name: str, chosen: list[str]) -> dict[str, Any]:
-            out = Path(folder, "part.json")
-            out.unlink(missing_ok=True)
-            module = ["-m", "benchmarks.local_updates", *options, f"--part={name}", f"--json={out}", "--arms", *chosen]
-            ended = subprocess.run([sys.executable, *start, *module], env=env, check=False)
-            if not out.exists():
-                print(f"  {', '.join(chosen)}: failed with status {ended.returncode}", flush=True)
-                return {}
-            found: dict[str, Any] = json.loads(out.read_text())
-            return found
+    def part(name: str, chosen: list[str], mbit: float = 0.0, tool: str = "") -> dict[str, Any]:
+        given = [*options, f"--part={name}", "--arms", *chosen]
+        return run_ranks("benchmarks.local_updates", given, args.workers, tool, mbit, args.ms) or {}
 
-        learnt: dict[str, Any] = {}
-        if args.only != "time":
-            print("learning", flush=True)
-            learnt = part(torchrun, "learn", [a for a in args.arms if a not in ("none", TORCHFT)])
-        times: dict[str, dict[str, Any]] = {}
-        for mbit in [] if args.only == "learn" else [0.0, *(args.links if args.link_tool else [])]:
-            title, start = f"{mbit:g} Mbit/s" if mbit else "no limit", torchrun
-            if args.link_tool:
-                tool = [
-                    args.link_tool,
-                    "-n",
-                    str(args.workers),
-                    "--mbit",
-                    f"{mbit:g}",
-                    "--no-verify",
-                    "--show",
-                    "first",
-                ]
-                tool += ["--ms", f"{args.ms:g}"] if mbit and args.ms else []
-                start = [*tool, "--timeout", "600", "--", sys.executable]
-            print(title, flush=True)
-            times[title] = {}
-            for arm in args.arms:
-                times[title] |= part(start, "time", [arm])
+    learnt: dict[str, Any] = json.loads(Path(args.learnt).read_text())["learnt"] if args.learnt else {}
+    if args.only != "time" and not learnt:
+        print("learning", flush=True)
+        learnt = part("learn", [a for a in args.arms if a not in ("none", TORCHFT)])
+    times: dict[str, dict[str, Any]] = {}
+    for mbit in [] if args.only == "learn" else [0.0, *(args.links if args.link_tool else [])]:
+        title = f"{mbit:g} Mbit/s" if mbit else "no limit"
+        print(title, flush=True)
+        times[title] = {}
+        for arm in args.arms:
+            times[title] |= part("time", [arm], mbit, args.link_tool)
     print(report(learnt, times))
     if args.json:
         Path(args.json).write_text(json.dumps({"learnt": learnt, "times": times}, indent=1))
