@@ -2,56 +2,45 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_dopt._checks import check_choice, check_flag, check_int
 from lightning_dopt._random import key
-from lightning_dopt.comm import ProcessGroupWorld
-from lightning_dopt.comm.seal import digest
-from lightning_dopt.compress._wire import as_bytes
-from lightning_dopt.pipeline import Link, Pipeline, Program, Replay, Schedule, cut, make_pipeline
-from lightning_dopt.pipeline.batches import tensors
+from lightning_dopt.pipeline import Link, Program, Schedule, Stage, cut, make_pipeline
 from lightning_dopt.pipeline.engines import Engine as PipelineEngine
 from lightning_dopt.plan import Plan
-from lightning_dopt.strategies import _private, failure, replica_files, start
+from lightning_dopt.strategies import _private, replica_files, start
 from lightning_dopt.strategies import pipeline_checks as checks
-from lightning_dopt.strategies.collectives import Collectives
 from lightning_dopt.strategies.meter import log_ledger
 from lightning_dopt.strategies.pipeline_checkpoints import PipelineCheckpoints, forget
 from lightning_dopt.strategies.pipeline_lazy import LazyBatches
-from lightning_dopt.strategies.pipeline_logs import StepLogs
-from lightning_dopt.strategies.pipeline_loss import loss_with_gradients, take_gradients
+from lightning_dopt.strategies.pipeline_ranks import PipelineRanks
 from lightning_dopt.strategies.pipeline_replicas import (
     MEAN_GRADIENT,
-    Islands,
     PipelineReplicas,
     check_plan,
     refuse_ties,
 )
 from lightning_dopt.strategies.pipeline_stages import StagesOfModule
+from lightning_dopt.strategies.pipeline_step import StagedStep, Undo
 from lightning_dopt.strategies.replica import StartMethod
 from lightning_dopt.strategies.resumable_loader import is_stateful
-from lightning_dopt.strategies.rng import rng_state, set_rng_state
 from lightning_dopt.strategies.stop_signal import StopSignal
-from lightning_dopt.strategies.watch import Watch
 
 
-class PipelineStrategy(Collectives):
+class PipelineStrategy(PipelineRanks):
     """Trains one model in stages: every rank holds some of its layers, and micro-batches go through them in turn.
 
     The module stays as it is: its ``training_step`` is run in two halves, what comes before its network on the rank of the
@@ -155,27 +144,16 @@ class PipelineStrategy(Collectives):
         self.timeout = timeout
         self.steps = 0
         """Optimizer steps taken."""
-        self.pipeline: Pipeline | None = None
         self.parts: StagesOfModule | None = None
+        self.staged: StagedStep | None = None
         self.replicas: PipelineReplicas | None = None
         """The plan between pipelines, if there are several."""
-        self._islands: Islands | None = None
         self._checkpoints = PipelineCheckpoints(self)
         self._lazy: LazyBatches | None = None
         self._names: list[Sequence[str]] = []
-        self._undo: list[Callable[[], object]] = []
+        self._undo: list[Undo] = []
 
     # ------------------------------------------------------------------ start
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """All ranks of a pipeline read the same batches: they are one replica."""
-        return {"num_replicas": self._pipelines, "rank": self.global_rank // (self.world_size // self._pipelines)}
-
-    @property
-    def _pipelines(self) -> int:
-        size = self.num_nodes * self.num_processes
-        return size // (self.pipeline_size or size)
 
     def set_world_ranks(self) -> None:
         """Called while the Trainer is made, before any process starts: the place to refuse what cannot work."""
@@ -206,28 +184,6 @@ class PipelineStrategy(Collectives):
         size = self.num_nodes * self.num_processes // self._pipelines
         return checks.program_for(self.schedule, size, self.num_microbatches, self.chunks)
 
-    def setup_environment(self) -> None:
-        """Make the process groups (again for each ``fit`` or ``validate``, but only once in a process).
-
-        Raises:
-            SyncError: not all processes came within ``timeout``.
-        """
-        start.warn_of_stale_addresses()
-        with failure.meeting(self, self.timeout):
-            super().setup_environment()
-            if self._islands is None:
-                size = self.world_size // self._pipelines
-                self._islands = Islands(size, self.timeout, self._process_group_backend)
-                if self._islands.count > 1:
-                    self.world = ProcessGroupWorld(group=self._islands.replicas)
-                    self.world.diagnose = self._diagnose
-        if self._trainer.state.fn == TrainerFn.FITTING:
-            self._watch = Watch(_private.default_store(), self.global_rank, self.world_size)
-            self._watch.start()
-
-    def configure_ddp(self) -> None:
-        """Nothing is wrapped."""
-
     def setup(self, trainer: Any) -> None:
         """Cut the module, and make the pipeline and the optimizers of this rank's stages.
 
@@ -253,10 +209,7 @@ class PipelineStrategy(Collectives):
         """Make stages of the network, and a pipeline of them."""
         program, islands = self._program(), self._islands
         assert islands is not None
-        with checks.own_names():
-            replay = Replay(module, self.network) if fitting else None
-            network = module.get_submodule(self.network)
-            stages = cut(network, program.stages) if self.split is None else cut(network, at=self.split)
+        stages = self._stages(module, program.stages)
         holders = [
             [islands.ranks(k)[row[stage]] for k in range(islands.count) for row in program.placement]
             for stage in range(program.stages)
@@ -271,15 +224,17 @@ class PipelineStrategy(Collectives):
                 f"{type(self).__name__}: '{self.parts.missing()[0]}' is on another rank since an earlier fit; load a checkpoint "
                 "into a new module"
             )
+        with checks.own_names():
+            self.staged = StagedStep(module, self.network, self.parts, self.samples, fitting)
         if fitting:
             self.parts.free()
-        self._replay, self._names = replay, [getattr(stage, "names", ()) for stage in stages]
+        self._names = [stage.names for stage in stages]
         before = self.pipeline
         self.pipeline = make_pipeline(
             stages,
             program,
-            self._loss,
-            self._inputs,
+            self.staged.loss,
+            self.staged.inputs,
             self.activation_link,
             self.gradient_link,
             key(self.seed, islands.island) if islands.island else self.seed,  # dropout differs between replicas
@@ -291,7 +246,14 @@ class PipelineStrategy(Collectives):
         self.pipeline.mail.diagnose = self._diagnose
         if before is not None and not fitting:  # an evaluation between two fits
             self.pipeline.load_state_dict(before.state_dict())
-        self._logs = StepLogs(module, self.pipeline)
+        self.staged.connect(self.pipeline)
+
+    def _stages(self, module: LightningModule, count: int) -> list[Stage]:
+        with checks.own_names():
+            network = dict(module.named_modules()).get(self.network)
+            if network is None:
+                raise ValueError(f"Replay(network={self.network!r}): {type(module).__name__} has no such module")
+            return cut(network, count) if self.split is None else cut(network, at=self.split)
 
     def setup_optimizers(self, trainer: Any) -> None:
         """Make the optimizers as for the whole model; those of other ranks' parameters never get a gradient."""
@@ -302,15 +264,6 @@ class PipelineStrategy(Collectives):
         checks.check_optimizers(self.optimizers, list(module.parameters()))
         for optimizer in self.optimizers:
             forget(optimizer, parts.own)
-
-    def _share_random_numbers(self) -> None:
-        """All ranks of a pipeline go on from one state."""
-        islands = self._islands
-        assert islands is not None
-        box = [rng_state()]
-        with self._answers("start of random numbers"):
-            dist.broadcast_object_list(box, islands.ranks(islands.island)[0], group=islands.pipeline)
-        set_rng_state(box[0])
 
     def _begin_replicas(self, module: LightningModule) -> None:
         """Make the engine of the plan between pipelines, if there are several."""
@@ -324,16 +277,16 @@ class PipelineStrategy(Collectives):
 
     def _patch(self, module: LightningModule, trainer: Any, fitting: bool) -> None:
         """Put what runs over all stages in the place of what would run here alone, until :meth:`teardown`."""
-        network = module.get_submodule(self.network)
-        vars(network)["forward"] = self._forward
-        self._undo.append(lambda: vars(network).pop("forward"))
-        for metric in (m for m in module.modules() if isinstance(m, Metric)):
-            self._let_apart(metric)
+        staged, islands = self.staged, self._islands
+        assert staged is not None
+        assert islands is not None
+        several = islands.metrics if islands.count > 1 else None
+        self._undo.append(staged.stand_in())
+        self._undo += [staged.let_apart(m, several) for m in module.modules() if isinstance(m, Metric)]
         if not fitting:
             return
-        plugin = self.precision_plugin = self.precision_plugin
-        vars(plugin)["clip_grad_by_norm"] = self._clip_by_norm
-        self._undo.append(lambda: vars(plugin).pop("clip_grad_by_norm"))
+        self.precision_plugin = self.precision_plugin  # without one the property makes another each time
+        self._undo.append(staged.clip_for(self.precision_plugin))
         self.steps = 0
         self._checkpoints.begin()
         self._begin_replicas(module)
@@ -344,15 +297,6 @@ class PipelineStrategy(Collectives):
         if self.replicas is not None:
             meets, late = self.replicas.engine.meets, self.replicas.plan.overlaps
         self._undo.append(StopSignal(trainer, meets, self._ask_zero, late).undo)
-
-    def _let_apart(self, metric: Metric) -> None:
-        """Evaluation updates a metric alike on all ranks, which must not be summed; a training step on one rank only."""
-        before, logs, several = metric.distributed_available_fn, self._logs, self._pipelines > 1
-        metric.distributed_available_fn = lambda: (several or id(metric) in logs.apart) and before()
-        self._undo.append(lambda: setattr(metric, "distributed_available_fn", before))
-        if several and metric.process_group is None:
-            metric.process_group = self._islands.metrics if self._islands is not None else None
-            self._undo.append(lambda: setattr(metric, "process_group", None))
 
     # ------------------------------------------------------------------ the step
 
@@ -365,48 +309,15 @@ class PipelineStrategy(Collectives):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of a batch through all stages; its loss, with the gradients of this rank's stages."""
-        assert self.pipeline is not None
-        assert self.parts is not None
-        assert self._replay is not None
+        assert self.staged is not None
         batch, number = args[0] if args else kwargs["batch"], self._trainer.fit_loop.batch_idx
         if number == 0:
-            self._compare(batch)
+            with self._answers("comparison of batches"):
+                self.staged.compare(batch)
         fresh = self._lazy is None or self._lazy.fresh(self._trainer.current_epoch, number)
-        self._replay.batch_idx = number
         if self.replicas is not None:
             self.replicas.before_step()
-        own = self.parts.own
-        held = take_gradients(own)
-        self._logs.begin(batch)
-        value = self.pipeline.step(batch, fresh, checks.number_of(batch, self.samples))
-        gradients = take_gradients(own, held)
-        self._logs.share()
-        dtype = next((p.dtype for p in self.parts.module.parameters()), torch.float32)
-        value = value.to(torch.promote_types(dtype, torch.float32))
-        return loss_with_gradients(value, own, gradients)
-
-    def _loss(self, output: Tensor, part: Any) -> Tensor:
-        assert self._replay is not None
-        self._replay.on_log = self._logs.log
-        self._logs.microbatch(part)
-        return self._replay.loss(output, part)
-
-    def _inputs(self, part: Any) -> Tensor:
-        assert self._replay is not None
-        return self._replay.inputs(part)
-
-    def _compare(self, batch: Any) -> None:
-        """Refuse batches that differ between ranks, once per epoch."""
-        sums = [int(digest(as_bytes(t.detach()), 0)) for t in tensors(batch)]
-        assert self.pipeline is not None
-        found: list[Any] = [None] * self.pipeline.mail.size
-        with self._answers("comparison of batches"):
-            dist.all_gather_object(found, sums, group=self.pipeline.mail.group)
-        if any(other != found[0] for other in found):
-            raise ValueError(
-                f"{type(self).__name__}: ranks read different batches; all stages work on the same one, so load the same data in "
-                "the same order on all ranks"
-            )
+        return self.staged.train(batch, number, fresh)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         """What the stages have computed is added to the gradients next."""
@@ -427,20 +338,7 @@ class PipelineStrategy(Collectives):
         log_ledger(self.lightning_module, self.pipeline.ledger, self.steps)
         return out
 
-    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        """Clip by the norm over the stages of all ranks, in the place of the precision plugin's method."""
-        assert self.pipeline is not None
-        chosen = [p for group in optimizer.param_groups for p in group["params"]]
-        self.pipeline.clip_grad_norm_(float(clip_val), chosen)
-
     # ------------------------------------------------------------------ evaluation
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The network's forward over all stages, without gradients; its output on every rank."""
-        assert self.pipeline is not None
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            raise ValueError(f"{type(self).__name__}: {self.network!r} must be called with one tensor and nothing else")
-        return self.pipeline.forward(args[0])
 
     def on_validation_start(self) -> None:
         """Hold the random generators; the mean of all replicas is what is measured."""
@@ -455,19 +353,6 @@ class PipelineStrategy(Collectives):
             self.replicas.consensus.hide()
         self._checkpoints.resume.on_validation_end()
         super().on_validation_end()
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Over replicas: the tensor itself if there is one, as all its ranks have one value."""
-        if self._islands is None or self._islands.count == 1:
-            return tensor
-        return super().reduce(tensor, group or self._islands.metrics, reduce_op)
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Whether all ranks, or any, decided so."""
-        total = torch.tensor(int(decision), device=self.root_device)
-        with self._answers("decision"):
-            dist.all_reduce(total)
-        return int(total) == self.world_size if all else bool(total)
 
     def on_train_end(self) -> None:
         """Make the module whole again, with the mean of all replicas."""
@@ -551,36 +436,7 @@ class PipelineStrategy(Collectives):
             loader = self._lazy = LazyBatches(loader, self.probability, self.seed, lambda: trainer.current_epoch)
         return self._checkpoints.resume.wrap(loader, trainer)
 
-    # ------------------------------------------------------------------ failure and end
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether the run has failed; not after SIGTERM, where all ranks end together and can still write a checkpoint."""
-        return super().interrupted and not isinstance(sys.exc_info()[1], SIGTERMException)
-
-    @property
-    def _trainer(self) -> Any:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
-
-    @property
-    def _step(self) -> int:
-        return self.pipeline.runners[0].step if self.pipeline is not None else 0
-
-    def _diagnose(self, label: str, step: int) -> str:
-        """Who is missing, with the stages that they hold."""
-        who = self._watch.diagnose(label, step) if self._watch is not None else ""
-        named = re.match(r"rank(?:\(s\))? (\d+)", who)
-        if named is None or self.pipeline is None:
-            return who
-        held = sorted({stage for _, stage in self.pipeline.program.held(int(named[1]) % self.pipeline.mail.size)})
-        return f"{who}; rank {named[1]} has stage {', '.join(map(str, held))}"
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Tell the other ranks."""
-        super().on_exception(exception)
-        if self._watch is not None:
-            self._watch.failed(exception, self._step)
+    # ------------------------------------------------------------------ end
 
     def teardown(self) -> None:
         """Undo everything local; nothing here waits for other ranks."""
@@ -588,8 +444,6 @@ class PipelineStrategy(Collectives):
             self._undo.pop()()
         if self.replicas is not None:
             self.replicas.close()
-        if self._watch is not None:
-            self._watch.stop()
         self._lazy = None
         self._checkpoints.resume.teardown()
         super().teardown()

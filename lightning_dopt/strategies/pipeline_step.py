@@ -1,0 +1,141 @@
+"""A training step in stages, and what stands for the module's own calls meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import Precision
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from lightning_dopt.comm.seal import digest
+from lightning_dopt.compress._wire import as_bytes
+from lightning_dopt.pipeline import Pipeline, Replay
+from lightning_dopt.pipeline.batches import tensors
+from lightning_dopt.strategies.pipeline_checks import NAME, number_of
+from lightning_dopt.strategies.pipeline_logs import StepLogs
+from lightning_dopt.strategies.pipeline_loss import loss_with_gradients, take_gradients
+from lightning_dopt.strategies.pipeline_stages import StagesOfModule
+
+Undo = Callable[[], object]
+
+
+class StagedStep:
+    """Runs a module's steps through a pipeline, on one rank of it.
+
+    Args:
+        module: The module.
+        network: The name of the network in it.
+        parts: Its parameters, by rank.
+        samples: The entry of a batch with the numbers of its samples, if a link needs them.
+        fitting: Whether it is trained, and not evaluated only.
+
+    Raises:
+        ValueError: The ``training_step`` cannot be run in two halves.
+    """
+
+    pipeline: Pipeline
+    logs: StepLogs
+
+    def __init__(
+        self, module: LightningModule, network: str, parts: StagesOfModule, samples: int | str | None, fitting: bool
+    ) -> None:
+        self.module, self.network, self.parts, self.samples = module, network, parts, samples
+        self.replay = Replay(module, network) if fitting else None
+
+    def connect(self, pipeline: Pipeline) -> None:
+        """Take the pipeline, which was given :meth:`loss` and :meth:`inputs`."""
+        self.pipeline, self.logs = pipeline, StepLogs(self.module, pipeline)
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, batch: Any, number: int, fresh: bool) -> Tensor:
+        """Forward and backward of a batch; its loss, which has the gradients of this rank's stages. Collective.
+
+        Args:
+            batch: The batch.
+            number: Its number in the epoch.
+            fresh: Whether it is a new one.
+        """
+        assert self.replay is not None
+        self.replay.batch_idx = number
+        own = self.parts.own
+        held = take_gradients(own)
+        self.logs.begin(batch)
+        value = self.pipeline.step(batch, fresh, number_of(batch, self.samples))
+        gradients = take_gradients(own, held)
+        self.logs.share()
+        dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
+        return loss_with_gradients(value.to(torch.promote_types(dtype, torch.float32)), own, gradients)
+
+    def loss(self, output: Tensor, part: Any) -> Tensor:
+        """The loss of a micro-batch; what is logged for it is recorded."""
+        assert self.replay is not None
+        self.replay.on_log = self.logs.log
+        self.logs.microbatch(part)
+        return self.replay.loss(output, part)
+
+    def inputs(self, part: Any) -> Tensor:
+        """What the network is given for a micro-batch."""
+        assert self.replay is not None
+        return self.replay.inputs(part)
+
+    def compare(self, batch: Any) -> None:
+        """Refuse batches that differ between the ranks of the pipeline. Collective.
+
+        Raises:
+            ValueError: They do.
+        """
+        sums = [int(digest(as_bytes(t.detach()), 0)) for t in tensors(batch)]
+        found: list[Any] = [None] * self.pipeline.mail.size
+        dist.all_gather_object(found, sums, group=self.pipeline.mail.group)
+        if any(other != found[0] for other in found):
+            raise ValueError(
+                f"{NAME}: ranks read different batches; all stages work on the same one, so load the same data in the same "
+                "order on all ranks"
+            )
+
+    # ------------------------------------------------------------------ in the place of the module's own calls
+
+    def stand_in(self) -> Undo:
+        """Let every call of the network go through all stages, on all ranks together; returns what undoes it."""
+        owner = vars(self.module.get_submodule(self.network))
+        owner["forward"] = self._forward
+        return lambda: owner.pop("forward")
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise ValueError(f"{NAME}(network={self.network!r}): must be called with one tensor and nothing else")
+        return self.pipeline.forward(args[0])
+
+    def clip_for(self, plugin: Precision) -> Undo:
+        """Let a precision plugin clip by the norm over the stages of all ranks; returns what undoes it."""
+        vars(plugin)["clip_grad_by_norm"] = self._clip_by_norm
+        return lambda: vars(plugin).pop("clip_grad_by_norm")
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        chosen = [p for group in optimizer.param_groups for p in group["params"]]
+        self.pipeline.clip_grad_norm_(float(clip_val), chosen)
+
+    def let_apart(self, metric: Metric, replicas: dist.ProcessGroup | None) -> Undo:
+        """Let a metric be summed over ranks as it is updated; returns what undoes it.
+
+        Evaluation updates it alike on all ranks of a pipeline, a training step on one of them only.
+
+        Args:
+            metric: The metric.
+            replicas: The ranks with the same stages, if there are several pipelines.
+        """
+        available, group, logs = metric.distributed_available_fn, metric.process_group, self.logs
+        metric.distributed_available_fn = lambda: (replicas is not None or id(metric) in logs.apart) and available()
+        metric.process_group = group if group is not None else replicas
+
+        def undo() -> None:
+            metric.distributed_available_fn, metric.process_group = available, group
+
+        return undo
