@@ -411,6 +411,7 @@ def clapping(probability: float) -> Clapping:
             made(pipeline_size=1, plan=Plan([Sync(Drifted(0.1))])),
             r"PipelineStrategy\(plan=...\): stages would measure, and sync, each for itself",
         ),
+        (made(balance="time", split=[1, 2]), r"PipelineStrategy\(balance='time', split=\[1, 2\]\): only split=None"),
         (made(split="head"), r"PipelineStrategy\(split='head'\): must be a list"),
         (made(activation_link=Int4()), r"PipelineStrategy\(activation_link=Int4\(.*\)\): must be a link"),
         (made(activation_link=AQSGD(Int4())), r"PipelineStrategy\(samples=None\): AQSGD needs the entry"),
@@ -447,6 +448,7 @@ def test_refused_when_training_starts() -> None:
             refusal(torch.compile(Classifier())),
             refusal(Outside()),
             refusal(Classifier(), PipelineStrategy(network="net")),
+            refusal(Classifier(), PipelineStrategy(balance="time")),
             refusal(Classifier(), callbacks=[StochasticWeightAveraging(0.1)]),
             refusal(lbfgs),
             refusal(stale),
@@ -458,6 +460,7 @@ def test_refused_when_training_starts() -> None:
         "PipelineStrategy: Classifier is compiled, but its step is run in two halves; compile its layers",
         "PipelineStrategy(network='model'): 'scale' is outside of it and would not be trained",
         "PipelineStrategy(network='net'): Classifier has no such module",
+        "PipelineStrategy(balance='time'): needs Classifier.example_input_array, an input of the network",
         "PipelineStrategy: StochasticWeightAveraging averages a whole model, which no rank has",
         "PipelineStrategy: LBFGS needs all parameters in one place; use another optimizer",
         "PipelineStrategy: SGD holds parameters that are not part of the module; make it in configure_optimizers",
@@ -497,6 +500,50 @@ def test_a_tied_language_model_and_half_precision() -> None:
             for name, value in expected.items():
                 assert weights[name].dtype == value.dtype
                 torch.testing.assert_close(weights[name], value, atol=atol, rtol=0.0, msg=f"{precision} {name}")
+
+
+class Residual(nn.Module):
+    """Its skip connection goes over the module ``second``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images)
+        return self.third(self.second(x.tanh()).tanh() + x)
+
+
+class Traced(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.model = Residual().double()
+        self.example_input_array = torch.zeros(2, 4, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(images=x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_model() -> None:
+    """Cut inside of a residual connection, and by measured time; the Trainer's summary runs the example through it, too."""
+
+    def job(rank: int) -> Any:
+        results = []
+        for options in ({"split": ["second"]}, {"balance": "time"}):
+            module = Traced()
+            staged(module, PipelineStrategy(num_microbatches=2, **options), enable_model_summary=True)  # type: ignore[arg-type]
+            results.append(whole(module))
+        return results
+
+    answers = on_ranks(job, 2)
+    module = Traced()
+    plain(module)
+    for weights in (*answers[0], *answers[1]):
+        for key, value in module.state_dict().items():
+            torch.testing.assert_close(weights[key], value, atol=1e-10, rtol=1e-10)
 
 
 # ---------------------------------------------------------------------- failures

@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from lightning_dopt._checks import check_choice, check_flag, check_int
 from lightning_dopt._random import key
 from lightning_dopt.pipeline import Link, Program, Schedule, Stage, cut, make_pipeline
+from lightning_dopt.pipeline.cut import Balance
 from lightning_dopt.pipeline.engines import Engine as PipelineEngine
 from lightning_dopt.plan import Plan
 from lightning_dopt.strategies import _private, replica_files, start
@@ -49,8 +50,8 @@ class PipelineStrategy(PipelineRanks):
     to all of them.
 
     Args:
-        split: Before which modules of the network stages begin: their indices or names, in order; ``None`` balances the
-            parameters. See :func:`~lightning_dopt.pipeline.cut`.
+        split: Before which modules of the network stages begin: their indices or names, in order; ``None`` makes even ones.
+            See :func:`~lightning_dopt.pipeline.cut`; the module's ``example_input_array`` is its ``example``, if there is one.
         schedule: The name of a schedule, see :func:`~lightning_dopt.pipeline.make_program`.
         num_microbatches: Parts that a batch is cut into. Of unequal size they count by their samples; a shorter batch has
             as many as samples.
@@ -60,6 +61,7 @@ class PipelineStrategy(PipelineRanks):
         chunks: Stages per rank with schedules that can have any number, such as ``"interleaved"``; ``None`` means 2.
         engine: ``"torch"``: ``torch.distributed.pipelining`` runs the steps, ``"native"``: the runtime of this package does,
             ``"auto"``: torch where there are no links and it has the schedule.
+        balance: What is made even: ``"parameters"``, or the ``"time"`` that the ``example_input_array`` takes.
         network: The name in the module of the network that is cut; ``""`` for the module itself, which its step then calls.
         samples: The entry of a batch (key or index) with the number in the data set of each sample, for ``AQSGD``.
         pipeline_size: Ranks of one pipeline; ``None``: all. With fewer than there are, several pipelines train replicas of the
@@ -91,6 +93,7 @@ class PipelineStrategy(PipelineRanks):
         gradient_link: Link | None = None,
         chunks: int | None = None,
         engine: PipelineEngine = "auto",
+        balance: Balance = "parameters",
         network: str = "model",
         samples: int | str | None = None,
         pipeline_size: int | None = None,
@@ -109,6 +112,10 @@ class PipelineStrategy(PipelineRanks):
         name = type(self).__name__
         check_choice(name, "schedule", schedule, get_args(Schedule))
         check_choice(name, "engine", engine, get_args(PipelineEngine))
+        self.balance: Balance = balance
+        check_choice(name, "balance", balance, get_args(Balance))
+        if balance == "time" and split is not None:
+            raise ValueError(f"{name}(balance='time', split={split!r}): only split=None makes stages even")
         if isinstance(split, str) or not all(isinstance(entry, (int, str)) for entry in split or ()):
             raise ValueError(f"{name}(split={split!r}): must be a list of indices or names, or None")
         for option, link in (("activation_link", activation_link), ("gradient_link", gradient_link)):
@@ -249,11 +256,21 @@ class PipelineStrategy(PipelineRanks):
         self.staged.connect(self.pipeline)
 
     def _stages(self, module: LightningModule, count: int) -> list[Stage]:
+        example = module.example_input_array
+        example = example[0] if isinstance(example, tuple) and len(example) == 1 else example
+        if not isinstance(example, Tensor):
+            example = None
+        if self.balance == "time" and example is None:
+            raise ValueError(
+                f"{type(self).__name__}(balance='time'): needs {type(module).__name__}.example_input_array, an input of the network"
+            )
         with checks.own_names():
             network = dict(module.named_modules()).get(self.network)
             if network is None:
                 raise ValueError(f"Replay(network={self.network!r}): {type(module).__name__} has no such module")
-            return cut(network, count) if self.split is None else cut(network, at=self.split)
+            if self.split is not None:
+                return cut(network, at=self.split, example=example)
+            return cut(network, count, balance=self.balance, example=example)
 
     def setup_optimizers(self, trainer: Any) -> None:
         """Make the optimizers as for the whole model; those of other ranks' parameters never get a gradient."""

@@ -108,10 +108,11 @@ class StagedStep:
         owner["forward"] = self._forward
         return lambda: owner.pop("forward")
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        if len(given) != 1 or not isinstance(given[0], Tensor):
             raise ValueError(f"{NAME}(network={self.network!r}): must be called with one tensor and nothing else")
-        return self.pipeline.forward(args[0])
+        return self.pipeline.forward(given[0])
 
     def clip_for(self, plugin: Precision) -> Undo:
         """Let a precision plugin clip by the norm over the stages of all ranks; returns what undoes it."""
