@@ -274,6 +274,17 @@ class Numbered(Classifier):
         return super().training_step(batch[1:], batch_idx)
 
 
+class SaveWithin(Callback):
+    """Saves after the third batch, in the middle of a window of accumulation."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.fit_loop.batch_idx == 2 and trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
 def packed(kind: str) -> PipelineStrategy:
     codec = Int4(block=8)
     if kind == "aqsgd":
@@ -302,7 +313,8 @@ def test_resume_is_exact(tmp_path: Path) -> None:
         losses = Losses(strategy)
         saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
         dataset = numbers if kind == "aqsgd" else data(dtype=torch.float32).dataset
-        fitter = trainer(strategy, options.pop("devices", 2), max_epochs=2, callbacks=[losses, saver], **options)
+        callbacks = [*options.pop("more", ()), losses, saver]
+        fitter = trainer(strategy, options.pop("devices", 2), max_epochs=2, callbacks=callbacks, **options)
         fitter.fit(module, DataLoader(dataset, batch_size=5, shuffle=True), ckpt_path=path)
         return losses.rows, whole(module), losses.memories
 
@@ -317,6 +329,13 @@ def test_resume_is_exact(tmp_path: Path) -> None:
                 assert same(again, weights)
                 assert same(after, memories)
             told.append((full, weights))
+        path = tmp_path / "within.ckpt"
+        window: dict[str, Any] = {"accumulate_grad_batches": 2, "more": [SaveWithin(path)]}
+        full, weights, memories = run(rank, "fu", tmp_path / "window", **window)
+        rest, again, after = run(rank, "fu", tmp_path / "window", path, **window)
+        assert rest == full[3:]
+        assert same(again, weights)
+        assert same(after, memories)
         return told
 
     answers = on_ranks(job, 2)
@@ -632,7 +651,20 @@ def test_pipelines_are_replicas(tmp_path: Path) -> None:
             again = run(made(), 4, tmp_path / "again", folder / "step=5.ckpt")
             assert same(again[0], told[name][0]), name
             assert again[1] == told[name][1][5:], name
-        return told
+        return told | {"links": linked(tmp_path / "links")}
+
+    def linked(folder: Path) -> Any:
+        """DiLoCoX whole: what goes on within the pipelines is packed, too."""
+        link = Clapping("FU", 0.5, Int4(block=8))
+        made = partial(
+            PipelineStrategy, activation_link=link, gradient_link=link, pipeline_size=2, plan=PLANS["dilocox"]
+        )
+        full = run(made(), 4, folder)
+        rest = run(made(), 4, tmp_path / "again", folder / "step=5.ckpt")
+        assert same(rest[0], full[0])
+        assert rest[1] == full[1][5:]
+        assert len(full[1]) > 10
+        return full
 
     def whole_job(rank: int) -> Any:
         made = {name: ReplicaStrategy(plan=plan or MEAN_GRADIENT) for name, plan in PLANS.items()}
@@ -648,6 +680,8 @@ def test_pipelines_are_replicas(tmp_path: Path) -> None:
             assert told == pytest.approx(told_of_replica, abs=far), name
             for key, value in expected.items():
                 torch.testing.assert_close(weights[key], value, atol=4 * far, rtol=0.0)
+    assert all(same(runs["links"][0], staged_runs[0]["links"][0]) for runs in staged_runs)
+    assert staged_runs[0]["links"][1] == staged_runs[1]["links"][1] != staged_runs[2]["links"][1]
     steps = range(1, len(staged_runs[0]["diloco"][1]) + 1)
     for step in steps:
         both = [
