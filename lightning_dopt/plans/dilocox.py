@@ -29,7 +29,8 @@ def dilocox(
     the factors of every matrix worth it in four bits; vectors travel whole. Every ``window`` rounds each matrix gets the
     smallest rank that keeps ``keep`` of its energy, never a larger one than before.
 
-    The pipeline inside a worker is not part of it, see ``PipelineStrategy(pipeline_size=2, plan=plans.dilocox())``. The defaults are ours.
+    The pipeline inside a worker is not part of it: ``PipelineStrategy(pipeline_size=2, plan=plans.dilocox())`` has both. The
+    defaults are ours.
 
     Args:
         sync_every: Optimizer steps of the first round (H), each of which a message may take.
