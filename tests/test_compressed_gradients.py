@@ -260,12 +260,12 @@ def test_dgc_clears_the_momentum_of_what_it_sent_and_loses_nothing_else() -> Non
 def test_diana_is_unbiased_and_exact_where_compression_alone_is_not() -> None:
     problem = p2()
 
-    def wrong(codec: Codec) -> float:
-        sim = problem.simulate(Plan([Sync(what="gradients", codec=codec)]), 0.05).run(1500)
+    def wrong(codec: Codec, steps: int) -> float:
+        sim = problem.simulate(Plan([Sync(what="gradients", codec=codec)]), 0.1).run(steps)
         return float((sim.stacked() - problem.optimum()).abs().max())
 
-    assert wrong(DIANA(QSGD(2))) < 1e-5
-    assert wrong(QSGD(2)) > 1e-2
+    assert wrong(DIANA(QSGD(2)), 700) < 1e-5
+    assert wrong(QSGD(2), 200) > 1e-2
 
 
 def test_diana_with_exact_messages_is_plain_averaging() -> None:
