@@ -182,6 +182,7 @@ class _Engine:
             raise
         if number < self.runner.program.stages - 1:
             out: Tensor = y
+            out = out.clone() if out is x or out._is_view() else out  # torch detaches it in place
             return out if out.requires_grad else out.requires_grad_()  # torch wants it of a frozen stage, too
         self.output = y  # the loss is taken right after
         return torch.zeros(1)
