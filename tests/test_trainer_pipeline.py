@@ -188,6 +188,8 @@ def test_equals_one_process(tmp_path: Path) -> None:
         assert zero["test"] == one["test"]
     sent = [float(answers[0][name]["metrics"]["comm/bytes/activations"]) for name in ("1f1b", "torch")]
     assert sent == [2 * 22 * 8 * 8] * 2, "rows of eight doubles, in both engines"
+    assert 0.0 <= answers[0]["1f1b"]["metrics"]["pipeline/idle"] < 1.0
+    assert "pipeline/idle" not in answers[0]["torch"]["metrics"], "torch's engine does not tell"
     held = [answers[rank]["1f1b"]["memory"] for rank in range(2)]
     assert sum(states for _, states in held) == 2 * elements, "two states of Adam for each weight, on one rank"
     for held_elements, states in held:
@@ -206,7 +208,10 @@ def test_equals_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_before_and_after_a_fit(tmp_path: Path) -> None:
-    """Evaluation of a checkpoint; a second fit; stages that stay apart, and what is refused of them."""
+    """Evaluation of a checkpoint, a second fit, one that goes on with a plain Trainer's checkpoint.
+
+    Stages that stay apart, and what is refused of them.
+    """
 
     def fresh(**options: Any) -> Trainer:
         return trainer(PipelineStrategy(num_microbatches=2, **options), 2, use_distributed_sampler=False, **OPTIONS)
@@ -226,25 +231,29 @@ def test_before_and_after_a_fit(tmp_path: Path) -> None:
             fresh(split=[1 if rank else 5]).fit(module, data())
         again = fresh()
         again.fit(module, data(), data(8, 5))
-        return apart, tested, validated, whole(module), whole(other)
+        resumed = Classifier()
+        staged(resumed, PipelineStrategy(), tmp_path / "plain.ckpt", max_epochs=3)
+        return apart, tested, validated, whole(module), whole(other), whole(resumed)
 
+    module, longer = Classifier(), Classifier()
+    plain(module).save_checkpoint(tmp_path / "plain.ckpt")
+    plain(longer, max_epochs=3)
     answers = on_ranks(job, 2)
-    module = Classifier()
-    plain(module)
-    for apart, tested, validated, _, restored in answers:
+    for apart, tested, validated, _, restored, resumed in answers:
         assert set(apart.values()) == {True, False}
         assert apart["model.0.weight"] == (apart is answers[1][0])
         assert tested == answers[0][1]
         assert not any(t.isnan().any() for t in tested.values() if isinstance(t, Tensor))
         for key, value in module.state_dict().items():
             torch.testing.assert_close(restored[key], value, atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(resumed[key], longer.state_dict()[key], atol=1e-10, rtol=1e-10)
         with torch.no_grad():
             losses = [nn.functional.cross_entropy(module.model(x * 0.5), y) * len(y) / 8 for x, y in data(8, 5)]
         assert validated["val_loss"] == pytest.approx(float(sum(losses)), abs=1e-10)
     twice = Classifier()
     plain(twice)
     plain(twice)
-    for *_, weights, _ in answers:
+    for *_, weights, _, _ in answers:
         for key, value in twice.state_dict().items():
             torch.testing.assert_close(weights[key], value, atol=1e-10, rtol=1e-10)
 

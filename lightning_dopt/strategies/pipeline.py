@@ -352,7 +352,9 @@ class PipelineStrategy(PipelineRanks):
         if self.replicas is not None:
             self.replicas.after_step()
         self.steps += 1
-        log_ledger(self.lightning_module, self.pipeline.ledger, self.steps)
+        idle = self.staged.idle if self.staged is not None else None
+        shares = {"pipeline/idle": idle} if idle is not None else {}
+        log_ledger(self.lightning_module, self.pipeline.ledger, self.steps, quiet=shares)
         return out
 
     # ------------------------------------------------------------------ evaluation

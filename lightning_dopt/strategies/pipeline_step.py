@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchmetrics import Metric
 
 from lightning_dopt.comm.seal import digest
 from lightning_dopt.compress._wire import as_bytes
-from lightning_dopt.pipeline import Pipeline, Replay
+from lightning_dopt.pipeline import Pipeline, Replay, TorchPipeline
 from lightning_dopt.pipeline.batches import tensors
 from lightning_dopt.strategies.pipeline_checks import NAME, number_of
 from lightning_dopt.strategies.pipeline_logs import StepLogs
@@ -47,6 +48,8 @@ class StagedStep:
     ) -> None:
         self.module, self.network, self.parts, self.samples = module, network, parts, samples
         self.replay = Replay(module, network) if fitting else None
+        self.idle: float | None = None
+        """The share of the last step in which this rank waited for messages, if the engine tells."""
 
     def connect(self, pipeline: Pipeline) -> None:
         """Take the pipeline, which was given :meth:`loss` and :meth:`inputs`."""
@@ -67,7 +70,10 @@ class StagedStep:
         own = self.parts.own
         held = take_gradients(own)
         self.logs.begin(batch)
+        began, waited = time.perf_counter(), self.pipeline.ledger.stall_s
         value = self.pipeline.step(batch, fresh, number_of(batch, self.samples))
+        if not isinstance(self.pipeline, TorchPipeline):
+            self.idle = (self.pipeline.ledger.stall_s - waited) / (time.perf_counter() - began)
         gradients = take_gradients(own, held)
         self.logs.share()
         dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
