@@ -24,7 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from trainer_tools import on_ranks, regression, trainer
 
 from lightning_dopt import Drifted, Int4, PipelineStrategy, Plan, ReplicaStrategy, Ring, Sync, plans
-from lightning_dopt.pipeline import AQSGD, Clapping, Direct
+from lightning_dopt.pipeline import AQSGD, Clapping, Direct, Replay, SimulatedPipeline, cut, one_f_one_b
 from lightning_dopt.pipeline.torch_schedules import available
 from lightning_dopt.strategies import pipeline_ranks
 from lightning_dopt.strategies.pipeline_lazy import LazyBatches
@@ -364,6 +364,51 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     assert not any(t.isnan().any() for t in weights.values())
 
 
+class Batches(Callback):
+    """What training was given, and whether it was new."""
+
+    def __init__(self, strategy: PipelineStrategy) -> None:
+        self.strategy = strategy
+        self.rows: list[tuple[Any, bool]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        lazy = self.strategy._lazy
+        assert lazy is not None
+        self.rows.append(([t.clone() for t in batch], lazy.fresh(trainer.current_epoch, batch_idx)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_links_are_those_of_the_runtime() -> None:
+    """Losses equal those of a simulated pipeline in every bit, whose batches come again in a row when they are not new."""
+
+    def train(rank: int) -> Any:
+        strategy = packed("fu")
+        module, losses, batches = Classifier(0.3, torch.float32), Losses(strategy), Batches(strategy)
+        fitter = trainer(strategy, 2, max_epochs=2, callbacks=[losses, batches])
+        fitter.fit(module, DataLoader(data(dtype=torch.float32).dataset, batch_size=5, shuffle=True))
+        return losses.rows, batches.rows, whole(module)
+
+    told, batches, weights = on_ranks(train, 2)[0]
+    module, strategy = Classifier(0.3, torch.float32), packed("fu")
+    replay = Replay(module)
+    links = strategy.activation_link, strategy.gradient_link
+    pipeline = SimulatedPipeline(cut(module.model, 2), one_f_one_b(2, 3), replay.loss, replay.inputs, *links)
+    groups = [{"params": [p for p in module.parameters() if p.dim() == d]} for d in (2, 1)]
+    groups[0]["weight_decay"], groups[1]["weight_decay"] = 0.1, 0.0  # type: ignore[assignment]
+    optimizer = torch.optim.AdamW(groups, lr=0.05, betas=(0.5, 0.9))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    before: Any = None
+    for loss, (batch, fresh) in zip(told, batches, strict=True):
+        assert fresh != (before is not None and all(a.equal(b) for a, b in zip(batch, before, strict=True)))
+        optimizer.zero_grad()
+        assert float(pipeline.step(batch, fresh).float()) == loss
+        optimizer.step()
+        schedule.step()
+        before = batch
+    assert sum(fresh for _, fresh in batches) == 10
+    assert all(weights[name].equal(p) for name, p in module.named_parameters())
+
+
 def test_lazy_batches() -> None:
     """Every batch of an epoch once or more in a row; epochs of one length, in another order."""
     now = 0
@@ -469,6 +514,9 @@ def test_refused_when_training_starts() -> None:
 
         lbfgs = Classifier()
         lbfgs.configure_optimizers = lambda: torch.optim.LBFGS(lbfgs.parameters())  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="Clapping") as error:
+            trainer(packed("fu"), 1, max_epochs=1).fit(Numbered(), [data(), data()])
+        several = str(error.value)
         stale = Classifier()
         stale.configure_optimizers = lambda: torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)  # type: ignore[method-assign]
         return [
@@ -481,6 +529,7 @@ def test_refused_when_training_starts() -> None:
             refusal(lbfgs),
             refusal(stale),
             refusal(Classifier(), PipelineStrategy(activation_link=AQSGD(Int4()), samples="id")),
+            several,
         ]
 
     expected = [
@@ -493,6 +542,7 @@ def test_refused_when_training_starts() -> None:
         "PipelineStrategy: LBFGS needs all parameters in one place; use another optimizer",
         "PipelineStrategy: SGD holds parameters that are not part of the module; make it in configure_optimizers",
         "PipelineStrategy(samples='id'): the batch has no such entry with a tensor",
+        "Clapping: repeats the batches of one training loader, not of several",
     ]
     assert on_ranks(job, 1)[0] == expected
 

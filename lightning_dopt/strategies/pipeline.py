@@ -23,6 +23,7 @@ from lightning_dopt.pipeline.cut import Balance
 from lightning_dopt.pipeline.engines import Engine as PipelineEngine
 from lightning_dopt.plan import Plan
 from lightning_dopt.strategies import _private, replica_files, start
+from lightning_dopt.strategies import _private_loops as loops
 from lightning_dopt.strategies import pipeline_checks as checks
 from lightning_dopt.strategies.meter import log_ledger
 from lightning_dopt.strategies.pipeline_checkpoints import PipelineCheckpoints, forget
@@ -318,8 +319,10 @@ class PipelineStrategy(PipelineRanks):
     # ------------------------------------------------------------------ the step
 
     def on_train_start(self) -> None:
-        """Refuse unequal numbers of batches, and restore random states."""
+        """Refuse loaders that cannot work, and restore random states."""
         super().on_train_start()
+        if self.probability is not None and len(loops.training_loaders(self._trainer) or ()) > 1:
+            raise ValueError("Clapping: repeats the batches of one training loader, not of several")
         with self._answers("comparison of loaders"):
             start.refuse_unequal_loaders(self._trainer.num_training_batches, self.world_size)
         self._checkpoints.resume.on_train_start(self._trainer)
