@@ -189,7 +189,7 @@ def test_equals_one_process(tmp_path: Path) -> None:
     sent = [float(answers[0][name]["metrics"]["comm/bytes/activations"]) for name in ("1f1b", "torch")]
     assert sent == [2 * 22 * 8 * 8] * 2, "rows of eight doubles, in both engines"
     assert 0.0 <= answers[0]["1f1b"]["metrics"]["pipeline/idle"] < 1.0
-    assert "pipeline/idle" not in answers[0]["torch"]["metrics"], "torch's engine does not tell"
+    assert ("pipeline/idle" in answers[0]["torch"]["metrics"]) != available("1f1b"), "torch's engine does not tell"
     held = [answers[rank]["1f1b"]["memory"] for rank in range(2)]
     assert sum(states for _, states in held) == 2 * elements, "two states of Adam for each weight, on one rank"
     for held_elements, states in held:
