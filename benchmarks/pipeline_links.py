@@ -253,7 +253,7 @@ def main() -> None:
     args = p.parse_args()
     if args.part:
         worker(args)
-    elif "none" not in args.arms:
+    elif args.only != "learn" and "none" not in args.arms:
         p.error("--arms must contain none")
     elif args.steps % POINTS:
         p.error(f"--steps {args.steps}: must be a multiple of {POINTS}")
