@@ -71,7 +71,7 @@ class _Pipeline(ABC):
             for mail in mails
         ]
         for runner in self.runners:
-            runner.ties = found
+            runner.sums.ties = found
             if isinstance(stages[-1], Stage):
                 runner.finish = stages[-1].finish
 
@@ -240,7 +240,7 @@ class Pipeline(_Pipeline):
     def clip_grad_norm_(self, max_norm: float, parameters: Collection[nn.Parameter] | None = None) -> Tensor:
         """See :meth:`SimulatedPipeline.clip_grad_norm_`."""
         check_float("clip_grad_norm_", "max_norm", max_norm, 0.0, open_low=True)
-        return run(self.runners[0].clip(max_norm, parameters))
+        return run(self.runners[0].sums.clip(max_norm, parameters))
 
 
 class SimulatedPipeline(_Pipeline):
@@ -303,4 +303,4 @@ class SimulatedPipeline(_Pipeline):
     def clip_grad_norm_(self, max_norm: float, parameters: Collection[nn.Parameter] | None = None) -> Tensor:
         """See :meth:`Pipeline.clip_grad_norm_`."""
         check_float("clip_grad_norm_", "max_norm", max_norm, 0.0, open_low=True)
-        return take_turns([runner.clip(max_norm, parameters) for runner in self.runners])[0]
+        return take_turns([runner.sums.clip(max_norm, parameters) for runner in self.runners])[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,30 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dopt._random import key
-from lightning_dopt.compress._wire import as_bytes, section
+from lightning_dopt.compress._wire import as_bytes
 from lightning_dopt.pipeline.batches import cut_batch, samples, tensors
 from lightning_dopt.pipeline.checker import message_of
 from lightning_dopt.pipeline.links import Link, Memory, Note, Plain, Spec
 from lightning_dopt.pipeline.mail import Mail, Talk
+from lightning_dopt.pipeline.messages import DIMENSIONS, DTYPES, KINDS, header_of, read_header, tag
 from lightning_dopt.pipeline.program import Action, Program
-from lightning_dopt.pipeline.tied import Tie
+from lightning_dopt.pipeline.sums import Sums
 
 Loss = Callable[[Tensor, Any], Tensor]
 Context = Callable[[], AbstractContextManager[Any]]
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-DIMENSIONS = 8
-_KINDS = (
-    "activation",
-    "gradient",
-    "shape of activation",
-    "loss",
-    "gradient sum",
-    "norm",
-    "shape",
-    "output",
-    "shared",
-    "tied gradient",
-)
 
 
 @dataclass
@@ -86,10 +73,9 @@ class Runner:
         self.program, self.stages, self.loss, self.inputs, self.mail = program, dict(stages), loss, inputs, mail
         self.links: dict[str, Link] = {"activation": activation_link or Plain(), "gradient": gradient_link or Plain()}
         self.seed = seed
+        self.sums = Sums(program, self.stages, mail)
         self.finish: Callable[[Tensor], Any] = _as_it_is
         """What the model returns, made of the output of its last stage."""
-        self.ties: list[Tie] = []
-        """Parameters that other ranks train, too; see :mod:`lightning_dopt.pipeline.tied`."""
         self.step = 0
         self.draws = 0
         """How many new batches there were."""
@@ -98,7 +84,7 @@ class Runner:
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of this rank, each once."""
-        return list(dict.fromkeys(p for held in sorted(self.stages) for p in self.stages[held].parameters()))
+        return self.sums.parameters()
 
     def train(self, batch: Any, fresh: bool, samples: Tensor | None) -> Talk[Tensor]:
         """Forward and backward of all micro-batches; adds to the gradients of the parameters. Result: the loss."""
@@ -111,8 +97,8 @@ class Runner:
             p.grad = None
         yield from self._walk(run)
         if len(self.program.placement) > 1:
-            yield from self._sum_copies()
-        yield from self._sum_ties()
+            yield from self.sums.over_copies()
+        yield from self.sums.over_ties()
         for p, before in zip(parameters, held, strict=True):
             if before is not None:
                 p.grad = before if p.grad is None else before.add_(p.grad)
@@ -146,30 +132,6 @@ class Runner:
         self.mail.finish()
         return tensor
 
-    def clip(self, max_norm: float, only: Collection[nn.Parameter] | None = None) -> Talk[Tensor]:
-        """Scale all gradients such that their norm over all stages is at most ``max_norm``. Result: the norm before."""
-        own = torch.zeros(1, dtype=torch.float64)
-        chosen = None if only is None else {id(p) for p in only}
-        clipped = [p for p in self.parameters() if p.grad is not None and (chosen is None or id(p) in chosen)]
-        counted = {id(p) for (pipe, _), stage in self.stages.items() if pipe == 0 for p in stage.parameters()}
-        counted -= {id(p) for tie, p in self._tied() if tie.ranks[0] != self.mail.rank}
-        for p in clipped:
-            if id(p) in counted and p.grad is not None:  # copies of a stage, or of a parameter, count once
-                own += p.grad.detach().double().square().sum().cpu()
-        tag, total = self._tag("norm", 0, 0, 0), torch.zeros(1, dtype=torch.float64)
-        others = [peer for peer in range(self.mail.size) if peer != self.mail.rank]
-        for peer in others:
-            self.mail.post(peer, tag, own, "norms")
-        for peer in range(self.mail.size):  # in one order, so that all ranks get the same sum
-            total += (yield self.mail.expect(peer, tag, torch.zeros_like(own), "norms")) if peer in others else own
-        self.mail.finish()
-        norm = total.sqrt().view(())
-        factor = min(1.0, max_norm / (float(norm) + 1e-6))
-        for p in clipped:
-            if p.grad is not None and factor < 1.0:
-                p.grad.mul_(factor)
-        return norm
-
     def _begin(self, batch: Any, fresh: bool, numbers: Tensor | None, train: bool, loss: Loss | None) -> _Pass:
         count = min(self.program.microbatches, samples(batch))  # a short batch has fewer micro-batches
         parts, weights = cut_batch(batch, count)
@@ -190,11 +152,11 @@ class Runner:
         tags = self._tag("shape", 0, 0, m), self._tag("output", 0, 0, m)
         if mine is not None:
             spec = Spec(tuple(mine.shape), mine.dtype, mine.device)
-            self._post_to_all(tags[0], _header(spec), "shapes")
+            self._post_to_all(tags[0], header_of(spec), "shapes")
             self._post_to_all(tags[1], as_bytes(mine), "outputs")
             return mine
         header = yield self.mail.expect(owner, tags[0], torch.zeros(DIMENSIONS + 2, dtype=torch.int64), "shapes")
-        spec = _read_header(header, device)
+        spec = read_header(header, device)
         box = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
         return Plain().decode((yield self.mail.expect(owner, tags[1], box, "outputs")), spec, {}, Note(m))
 
@@ -301,7 +263,7 @@ class Runner:
             known = self.specs.get(place) if run.train else None  # dtypes may differ in evaluation
             if known is None:
                 run.learnt[place] = spec
-                self.mail.post(peer, self._tag("shape of activation", pipe, boundary, m), _header(spec), "shapes")
+                self.mail.post(peer, self._tag("shape of activation", pipe, boundary, m), header_of(spec), "shapes")
             elif known != spec:
                 raise ValueError(
                     f"stage {boundary}: its output has shape {tuple(spec.shape)} and {spec.dtype}, before it had "
@@ -323,7 +285,7 @@ class Runner:
             box = torch.zeros(DIMENSIONS + 2, dtype=torch.int64)
             tag = self._tag("shape of activation", pipe, boundary, m)
             header = yield self.mail.expect(peer, tag, box, "shapes")
-            spec = run.learnt[place] = _read_header(header, self._device(action))
+            spec = run.learnt[place] = read_header(header, self._device(action))
         link, memory, note = self._link(what, pipe, boundary, m, run)
         box = torch.empty(link.payload_bytes(spec, memory, note), dtype=torch.uint8, device=spec.device)
         payload = yield self.mail.expect(
@@ -336,63 +298,15 @@ class Runner:
             return Plain(), {}, run.notes[m]
         memory = self.memories.setdefault((what, pipe, boundary), {})
         note = run.notes[m]
-        seed = key(note.seed, pipe, boundary, _KINDS.index(what))
+        seed = key(note.seed, pipe, boundary, KINDS.index(what))
         return self.links[what], memory, Note(m, note.fresh, note.samples, seed)
-
-    def _sum_copies(self) -> Talk[None]:
-        """Both copies of every stage get the sum of their gradients, equal in every bit."""
-        flat: dict[tuple[int, int], tuple[list[nn.Parameter], Tensor]] = {}
-        for pipe, stage in sorted(self.stages):
-            parameters = [p for p in self.stages[pipe, stage].parameters() if p.requires_grad]
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            pieces = [as_bytes(p.grad) for p in parameters if p.grad is not None]
-            flat[pipe, stage] = parameters, torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
-            if pieces:
-                peer = self.program.rank_of(1 - pipe, stage)
-                self.mail.post(peer, self._tag("gradient sum", pipe, stage, 0), flat[pipe, stage][1], "gradient sums")
-        for (pipe, stage), (parameters, mine) in flat.items():
-            if not len(mine):
-                continue
-            peer = self.program.rank_of(1 - pipe, stage)
-            tag = self._tag("gradient sum", 1 - pipe, stage, 0)
-            other = yield self.mail.expect(peer, tag, torch.empty_like(mine), "gradient sums")
-            start = 0
-            for p in parameters:
-                assert p.grad is not None
-                p.grad.add_(section(other, start, p.numel(), p.dtype).view(p.shape))
-                start += p.grad.nbytes
-
-    def _tied(self) -> list[tuple[Tie, nn.Parameter]]:
-        """The parameters of this rank that others train, too."""
-        mine = [(tie, tie.ranks.index(self.mail.rank)) for tie in self.ties if self.mail.rank in tie.ranks]
-        return [(tie, self.stages[0, tie.places[k][0]].get_parameter(tie.places[k][1])) for tie, k in mine]
-
-    def _sum_ties(self) -> Talk[None]:
-        """All ranks with a parameter get the sum of its gradients, equal in every bit."""
-        tied = [(tie, p) for tie, p in self._tied() if p.requires_grad]
-        tag = self._tag("tied gradient", 0, 0, 0)
-        for tie, p in tied:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            for peer in tie.ranks:
-                if peer != self.mail.rank:
-                    self.mail.post(peer, tag, p.grad.clone(), "tied gradients")
-        for tie, p in tied:
-            assert p.grad is not None
-            mine, total = p.grad.clone(), p.grad.zero_()
-            for peer in tie.ranks:  # in one order, so that all ranks get the same sum
-                if peer == self.mail.rank:
-                    total.add_(mine)
-                else:
-                    total.add_((yield self.mail.expect(peer, tag, torch.empty_like(mine), "tied gradients")))
 
     def _device(self, action: Action) -> torch.device:
         first = next(self.stages[action.pipe, action.stage].parameters(), None)
         return first.device if first is not None else torch.device("cpu")
 
     def _tag(self, kind: str, pipe: int, place: int, m: int) -> int:
-        number = (_KINDS.index(kind) * 2 + pipe) * self.program.stages + place
-        return number * self.program.microbatches + m
+        return tag(self.program, kind, pipe, place, m)
 
 
 def _as_it_is(output: Tensor) -> Any:
@@ -410,18 +324,6 @@ def _random(seed: int, draws: int, stage: int, m: int, device: torch.device) -> 
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(number)
         yield
-
-
-def _header(spec: Spec) -> Tensor:
-    if len(spec.shape) > DIMENSIONS:
-        raise ValueError(f"an activation of {len(spec.shape)} dimensions: at most {DIMENSIONS} can be sent")
-    fill = [0] * (DIMENSIONS - len(spec.shape))
-    return torch.tensor([DTYPES.index(spec.dtype), len(spec.shape), *spec.shape, *fill], dtype=torch.int64)
-
-
-def _read_header(header: Tensor, device: torch.device) -> Spec:
-    kind, dimensions, *shape = header.tolist()
-    return Spec(tuple(shape[:dimensions]), DTYPES[kind], device)
 
 
 def stages_of(program: Program, rank: int, stages: Sequence[nn.Module]) -> dict[tuple[int, int], nn.Module]:
