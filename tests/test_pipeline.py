@@ -114,6 +114,10 @@ def test_forward_is_the_whole_output(program: Program) -> None:
     for size in (8, 5, 1):
         x = data(size)[0]
         torch.testing.assert_close(pipeline.forward(x), model(x), atol=1e-12, rtol=0.0)
+        sent = [ledger.entries["outputs"].bytes if "outputs" in ledger.entries else 0 for ledger in pipeline.ledgers]
+        torch.testing.assert_close(pipeline.forward(x, to=1), model(x), atol=1e-12, rtol=0.0)
+        again = [ledger.entries["outputs"].bytes if "outputs" in ledger.entries else 0 for ledger in pipeline.ledgers]
+        assert 0 < sum(again) - sum(sent) <= size * 2 * 8 or program.ranks == 2, "to one rank only"
     assert all(p.grad is None for p in model.parameters())
 
 

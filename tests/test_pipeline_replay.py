@@ -25,7 +25,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         images, labels = batch["x"].flatten(1) / 2, batch["y"]
         try:
-            logits = self.model(images)
+            logits = self.model(input=images)
         except Exception:  # must not catch what ends the first half
             return None
         loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)

@@ -133,7 +133,8 @@ KEYS = (
 SCHEDULES: dict[str, dict[str, Any]] = {
     "1f1b": {"num_microbatches": 4, "engine": "native"},
     "bitpipe": {"schedule": "bitpipe", "num_microbatches": 2},
-    "torch": {"num_microbatches": 4},
+    "last": {"schedule": "bitpipe", "num_microbatches": 2, "outputs": "last"},
+    "torch": {"num_microbatches": 4, "outputs": "last"},
     "zbv": {"schedule": "zbv", "num_microbatches": 5},
 }
 if not available("zbv"):
@@ -159,13 +160,10 @@ def test_equals_one_process(tmp_path: Path) -> None:
                 "metrics": dict(fitter.callback_metrics),
                 "memory": (count.elements, count.states),
                 "best": saver.best_model_path,
-                "test": trainer_of(strategy).test(module, data(8, 5), verbose=False)[0],
+                "test": fitter.test(module, data(8, 5), verbose=False)[0] if "outputs" not in options else None,
                 "predictions": torch.cat(fitter.predict(module, data(8, 5))),
             }
         return results
-
-    def trainer_of(strategy: PipelineStrategy) -> Trainer:
-        return strategy._trainer
 
     answers = on_ranks(job, 2)
     module = Classifier()
@@ -188,6 +186,8 @@ def test_equals_one_process(tmp_path: Path) -> None:
         assert zero["test"] == one["test"]
     sent = [float(answers[0][name]["metrics"]["comm/bytes/activations"]) for name in ("1f1b", "torch")]
     assert sent == [2 * 22 * 8 * 8] * 2, "rows of eight doubles, in both engines"
+    assert "comm/bytes/outputs" in answers[1]["1f1b"]["metrics"]
+    assert "comm/bytes/outputs" not in answers[1]["torch"]["metrics"], "the last stage evaluates"
     assert 0.0 <= answers[0]["1f1b"]["metrics"]["pipeline/idle"] < 1.0
     assert ("pipeline/idle" in answers[0]["torch"]["metrics"]) != available("1f1b"), "torch's engine does not tell"
     held = [answers[rank]["1f1b"]["memory"] for rank in range(2)]
@@ -517,6 +517,9 @@ def test_refused_when_training_starts() -> None:
         with pytest.raises(ValueError, match="Clapping") as error:
             trainer(packed("fu"), 1, max_epochs=1).fit(Numbered(), [data(), data()])
         several = str(error.value)
+        with pytest.raises(ValueError, match="outputs") as error:
+            trainer(PipelineStrategy(outputs="last"), 1).test(Classifier(), data())
+        twice = str(error.value)
         stale = Classifier()
         stale.configure_optimizers = lambda: torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)  # type: ignore[method-assign]
         return [
@@ -530,6 +533,7 @@ def test_refused_when_training_starts() -> None:
             refusal(stale),
             refusal(Classifier(), PipelineStrategy(activation_link=AQSGD(Int4()), samples="id")),
             several,
+            twice,
         ]
 
     expected = [
@@ -543,6 +547,7 @@ def test_refused_when_training_starts() -> None:
         "PipelineStrategy: SGD holds parameters that are not part of the module; make it in configure_optimizers",
         "PipelineStrategy(samples='id'): the batch has no such entry with a tensor",
         "Clapping: repeats the batches of one training loader, not of several",
+        "PipelineStrategy(outputs='last'): a step must call 'model' once; take outputs='all'",
     ]
     assert on_ranks(job, 1)[0] == expected
 

@@ -106,11 +106,15 @@ class _Pipeline(ABC):
         """
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Any:
-        """The output of the whole model for ``x``, the same tensor on all ranks; collective, as :meth:`step` is.
+    def forward(self, x: Tensor, to: int | None = None) -> Any:
+        """The output of the whole model for ``x``; collective, as :meth:`step` is.
 
-        Without gradients, past the links; the last stage sends it to all ranks in full. ``x`` has a sample in each row,
-        and so has the output; a model of Hugging Face returns it as its own model does.
+        Without gradients, past the links; the last stage sends it in full. ``x`` has a sample in each row, and so has the
+        output; a model of Hugging Face returns it as its own model does.
+
+        Args:
+            x: The input, the same on all ranks.
+            to: The rank that gets the output, the others get ``None``; by default all do.
         """
 
     @abstractmethod
@@ -223,9 +227,9 @@ class Pipeline(_Pipeline):
         """See :meth:`SimulatedPipeline.evaluate`."""
         return run(self.runners[0].evaluate(batch))
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, to: int | None = None) -> Any:
         """See :meth:`SimulatedPipeline.forward`."""
-        return run(self.runners[0].forward(x))
+        return run(self.runners[0].forward(x, to))
 
     def share(self, owner: int, tensor: Tensor, label: str) -> Tensor:
         """One rank's tensor for all; collective.
@@ -296,9 +300,9 @@ class SimulatedPipeline(_Pipeline):
         """See :meth:`Pipeline.evaluate`."""
         return take_turns([runner.evaluate(batch) for runner in self.runners])[0]
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, to: int | None = None) -> Any:
         """See :meth:`Pipeline.forward`."""
-        return take_turns([runner.forward(x) for runner in self.runners])[0]
+        return take_turns([runner.forward(x, to) for runner in self.runners])[to or 0]
 
     def clip_grad_norm_(self, max_norm: float, parameters: Collection[nn.Parameter] | None = None) -> Tensor:
         """See :meth:`Pipeline.clip_grad_norm_`."""

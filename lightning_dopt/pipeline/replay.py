@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -72,11 +72,11 @@ class Replay:
             with self._network_is(stop), torch.no_grad():
                 self._run(batch)
         except _ReachedNetwork as reached:
-            if len(reached.given) != 1 or reached.named or not isinstance(reached.given[0], Tensor):
-                raise ValueError(
-                    f"{self._where()}: must call {self._called()} with one tensor and nothing else"
-                ) from None
-            return reached.given[0]
+            given = [*reached.given, *reached.named.values()]
+            if len(given) != 1 or not isinstance(given[0], Tensor):
+                told = f"{self._where()}: must call {self._called()} with one tensor and nothing else"
+                raise ValueError(told) from None
+            return given[0]
         raise ValueError(f"{self._where()}: does not call {self._called()}")
 
     def loss(self, output: Tensor, batch: Any) -> Tensor:
@@ -114,25 +114,33 @@ class Replay:
     def _where(self) -> str:
         return f"{type(self.module).__name__}.{self.step}"
 
-    @contextmanager
-    def _network_is(self, forward: Callable[..., Any], log: Callable[..., None] = _nothing) -> Iterator[None]:
-        """With another forward of the network, and another ``log``."""
+    def _network_is(
+        self, forward: Callable[..., Any], log: Callable[..., None] = _nothing
+    ) -> AbstractContextManager[None]:
+        return stand_in(self.module, self.network, forward, log)
 
-        def log_dict(dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-            for name, value in dictionary.items():
-                log(name, value, *args, **kwargs)
 
-        replaced: list[tuple[nn.Module, str, Callable[..., Any]]] = [(self.network, "forward", forward)]
-        for name, function in (("log", log), ("log_dict", log_dict)):
-            replaced += [(self.module, name, function)] if hasattr(self.module, name) else []
-        before = [vars(owner).get(name) for owner, name, _ in replaced]
-        for owner, name, function in replaced:
-            vars(owner)[name] = function
-        try:
-            yield
-        finally:
-            for (owner, name, _), old in zip(replaced, before, strict=True):
-                if old is None:
-                    del vars(owner)[name]
-                else:
-                    vars(owner)[name] = old
+@contextmanager
+def stand_in(
+    module: nn.Module, network: nn.Module, forward: Callable[..., Any], log: Callable[..., None] = _nothing
+) -> Iterator[None]:
+    """With another forward of a module's network, and another ``log`` of the module; ``log_dict`` calls that for each entry."""
+
+    def log_dict(dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        for name, value in dictionary.items():
+            log(name, value, *args, **kwargs)
+
+    replaced: list[tuple[nn.Module, str, Callable[..., Any]]] = [(network, "forward", forward)]
+    for name, function in (("log", log), ("log_dict", log_dict)):
+        replaced += [(module, name, function)] if hasattr(module, name) else []
+    before = [vars(owner).get(name) for owner, name, _ in replaced]
+    for owner, name, function in replaced:
+        vars(owner)[name] = function
+    try:
+        yield
+    finally:
+        for (owner, name, _), old in zip(replaced, before, strict=True):
+            if old is None:
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = old

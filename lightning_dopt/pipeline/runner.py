@@ -112,15 +112,19 @@ class Runner:
         yield from self._walk(run)
         return (yield from self._end(run))
 
-    def forward(self, x: Tensor) -> Talk[Any]:
-        """The model's output for ``x``, without gradients and past the links. Result: the whole output."""
+    def forward(self, x: Tensor, to: int | None = None) -> Talk[Any]:
+        """The model's output for ``x``, without gradients and past the links. Result: the whole output, on one rank or on all."""
         run = self._begin(x, True, None, False, None)
         yield from self._walk(run)
         pipes = {a.microbatch: a.pipe for actions in self.program.actions for a in actions}
         for m in range(len(run.parts)):
             owner = self.program.rank_of(pipes[m], self.program.stages - 1)
-            run.results[m] = yield from self._output(owner, run.results.get(m), m, x.device)
+            found = yield from self._output(owner, to, run.results.get(m), m, x.device)
+            if found is not None:
+                run.results[m] = found
         self.mail.finish()
+        if to not in (None, self.mail.rank):
+            return None
         return self.finish(torch.cat([run.results[m] for m in range(len(run.parts))]))
 
     def share(self, owner: int, tensor: Tensor, label: str) -> Talk[Tensor]:
@@ -147,14 +151,20 @@ class Runner:
             if action.microbatch < len(run.parts) and (run.train or forward):
                 yield from self._do(action, run)
 
-    def _output(self, owner: int, mine: Tensor | None, m: int, device: torch.device) -> Talk[Tensor]:
-        """The output of a micro-batch for all ranks."""
+    def _output(
+        self, owner: int, to: int | None, mine: Tensor | None, m: int, device: torch.device
+    ) -> Talk[Tensor | None]:
+        """The output of a micro-batch, for one rank or for all."""
         tags = self._tag("shape", 0, 0, m), self._tag("output", 0, 0, m)
         if mine is not None:
             spec = Spec(tuple(mine.shape), mine.dtype, mine.device)
-            self._post_to_all(tags[0], header_of(spec), "shapes")
-            self._post_to_all(tags[1], as_bytes(mine), "outputs")
+            for peer in range(self.mail.size) if to is None else {to}:
+                if peer != owner:
+                    self.mail.post(peer, tags[0], header_of(spec), "shapes")
+                    self.mail.post(peer, tags[1], as_bytes(mine), "outputs")
             return mine
+        if to not in (None, self.mail.rank):
+            return None
         header = yield self.mail.expect(owner, tags[0], torch.zeros(DIMENSIONS + 2, dtype=torch.int64), "shapes")
         spec = read_header(header, device)
         box = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -69,6 +69,8 @@ class PipelineStrategy(PipelineRanks):
             model, each on its own share of the data.
         plan: What goes on between these replicas, stage by stage, such as ``plans.diloco(100)``; ``None`` averages gradients in
             every step.
+        outputs: Who gets the network's output in steps of validation and test: ``"all"`` ranks, which all run the step, or the
+            ``"last"`` stage's, which runs it alone and tells the others what it logs. Prediction always takes the first.
         whole_at_end: After ``fit`` give every rank the weights of all stages. ``False``: those of other stages stay away.
         seed: Seed of dropout, lazy sampling and codecs that draw random numbers.
         timeout: How long a rank waits for another one before it gives up.
@@ -99,6 +101,7 @@ class PipelineStrategy(PipelineRanks):
         samples: int | str | None = None,
         pipeline_size: int | None = None,
         plan: Plan | None = None,
+        outputs: Literal["all", "last"] = "all",
         whole_at_end: bool = True,
         seed: int = 0,
         timeout: timedelta = timedelta(minutes=30),
@@ -137,6 +140,7 @@ class PipelineStrategy(PipelineRanks):
         if plan is not None and not isinstance(plan, Plan):
             raise ValueError(f"{name}(plan={plan!r}): must be a Plan, such as plans.diloco()")
         self.plan = plan
+        self.outputs = check_choice(name, "outputs", outputs, ("all", "last"))
         self.whole_at_end = check_flag(name, "whole_at_end", whole_at_end)
         self.seed = check_int(name, "seed", seed, 0)
         super().__init__(
@@ -361,6 +365,20 @@ class PipelineStrategy(PipelineRanks):
         return out
 
     # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step, on all ranks or on the last stage's."""
+        step = super().validation_step
+        return self._evaluated(lambda: step(*args, **kwargs))
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step, on all ranks or on the last stage's."""
+        step = super().test_step
+        return self._evaluated(lambda: step(*args, **kwargs))
+
+    def _evaluated(self, step: Callable[[], Any]) -> Any:
+        assert self.staged is not None
+        return self.staged.evaluate_on_last(step) if self.outputs == "last" else step()
 
     def on_validation_start(self) -> None:
         """Hold the random generators; the mean of all replicas is what is measured."""

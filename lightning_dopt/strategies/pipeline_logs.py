@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,22 +54,20 @@ class StepLogs:
     Args:
         module: Whose step.
         pipeline: In which it is run.
+        owners: The ranks that compute losses.
+        apart: Takes the metrics (by ``id``) whose states differ between ranks.
     """
 
-    def __init__(self, module: LightningModule, pipeline: Pipeline) -> None:
-        self.module, self.pipeline = module, pipeline
-        program = pipeline.program
-        self.owners = sorted({program.rank_of(pipe, program.stages - 1) for pipe in range(len(program.placement))})
+    def __init__(self, module: LightningModule, pipeline: Pipeline, owners: Sequence[int], apart: set[int]) -> None:
+        self.module, self.pipeline, self.owners, self.apart = module, pipeline, list(owners), apart
         self.rank = pipeline.rank
-        self.apart: set[int] = set()
-        """Metrics (by ``id``) whose states differ between ranks."""
         self._known: dict[int, tuple[bytes, list[_Kind]]] = {owner: (pickle.dumps([]), []) for owner in self.owners}
         self._rows: dict[_Kind, list[float]] = {}
         self._total, self._weight = 1, 1.0
 
-    def begin(self, batch: Any) -> None:
-        """A step begins."""
-        self._total, self._rows = samples(batch), {}
+    def begin(self, batch: Any = None) -> None:
+        """A step begins; without a batch it is not cut."""
+        self._total, self._weight, self._rows = samples(batch) if batch is not None else 1, 1.0, {}
 
     def microbatch(self, part: Any) -> None:
         """The loss of a micro-batch comes next."""

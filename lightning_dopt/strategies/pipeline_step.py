@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,12 +19,17 @@ from lightning_dopt.comm.seal import digest
 from lightning_dopt.compress._wire import as_bytes
 from lightning_dopt.pipeline import Pipeline, Replay, TorchPipeline
 from lightning_dopt.pipeline.batches import tensors
+from lightning_dopt.pipeline.replay import stand_in
 from lightning_dopt.strategies.pipeline_checks import NAME, number_of
 from lightning_dopt.strategies.pipeline_logs import StepLogs
 from lightning_dopt.strategies.pipeline_loss import loss_with_gradients, take_gradients
 from lightning_dopt.strategies.pipeline_stages import StagesOfModule
 
 Undo = Callable[[], object]
+
+
+class _GotNothing(BaseException):
+    """Ends a step on a rank that the network's output is not sent to."""
 
 
 class StagedStep:
@@ -42,18 +48,27 @@ class StagedStep:
 
     pipeline: Pipeline
     logs: StepLogs
+    last: int
+    """The rank that evaluates, where one does for all."""
+    last_logs: StepLogs
 
     def __init__(
         self, module: LightningModule, network: str, parts: StagesOfModule, samples: int | str | None, fitting: bool
     ) -> None:
         self.module, self.network, self.parts, self.samples = module, network, parts, samples
         self.replay = Replay(module, network) if fitting else None
+        self.apart: set[int] = set()
+        """Metrics (by ``id``) whose states differ between ranks."""
         self.idle: float | None = None
         """The share of the last step in which this rank waited for messages, if the engine tells."""
 
     def connect(self, pipeline: Pipeline) -> None:
         """Take the pipeline, which was given :meth:`loss` and :meth:`inputs`."""
-        self.pipeline, self.logs = pipeline, StepLogs(self.module, pipeline)
+        self.pipeline, program = pipeline, pipeline.program
+        owners = sorted({program.rank_of(pipe, program.stages - 1) for pipe in range(len(program.placement))})
+        self.logs = StepLogs(self.module, pipeline, owners, self.apart)
+        self.last = owners[-1]
+        self.last_logs = StepLogs(self.module, pipeline, [self.last], self.apart)
 
     # ------------------------------------------------------------------ training
 
@@ -106,6 +121,43 @@ class StagedStep:
                 "order on all ranks"
             )
 
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluate_on_last(self, step: Callable[[], Any]) -> Any:
+        """Run a step on the last stage's rank only, from the network's output on, and log on all ranks what it logs there.
+
+        Args:
+            step: The step, which calls the network once.
+
+        Returns:
+            What it returns there, elsewhere ``None``.
+
+        Raises:
+            ValueError: It calls the network more than once, or not with one tensor.
+        """
+        here, calls = self.pipeline.rank == self.last, 0
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise ValueError(f"{NAME}(outputs='last'): a step must call {self.network!r} once; take outputs='all'")
+            output = self._forward(*args, to=self.last, **kwargs)
+            if not here:
+                raise _GotNothing
+            return output
+
+        def log(*args: Any, **kwargs: Any) -> None:
+            if here:
+                self.last_logs.log(*args, **kwargs)
+
+        self.last_logs.begin()
+        result = None
+        with stand_in(self.module, self.module.get_submodule(self.network), forward, log), suppress(_GotNothing):
+            result = step()
+        self.last_logs.share()
+        return result if here else None
+
     # ------------------------------------------------------------------ in the place of the module's own calls
 
     def stand_in(self) -> Undo:
@@ -114,11 +166,11 @@ class StagedStep:
         owner["forward"] = self._forward
         return lambda: owner.pop("forward")
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, *args: Any, to: int | None = None, **kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
         if len(given) != 1 or not isinstance(given[0], Tensor):
             raise ValueError(f"{NAME}(network={self.network!r}): must be called with one tensor and nothing else")
-        return self.pipeline.forward(given[0])
+        return self.pipeline.forward(given[0], to)
 
     def clip_for(self, plugin: Precision) -> Undo:
         """Let a precision plugin clip by the norm over the stages of all ranks; returns what undoes it."""
@@ -138,8 +190,8 @@ class StagedStep:
             metric: The metric.
             replicas: The ranks with the same stages, if there are several pipelines.
         """
-        available, group, logs = metric.distributed_available_fn, metric.process_group, self.logs
-        metric.distributed_available_fn = lambda: (replicas is not None or id(metric) in logs.apart) and available()
+        available, group, apart = metric.distributed_available_fn, metric.process_group, self.apart
+        metric.distributed_available_fn = lambda: (replicas is not None or id(metric) in apart) and available()
         metric.process_group = group if group is not None else replicas
 
         def undo() -> None:
