@@ -399,7 +399,7 @@ def test_families_can_be_registered() -> None:
             self.first, self.blocks = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
+            x = nn.functional.dropout(self.first(x), 0.0 if x.dtype == torch.float64 else 0.5, self.training)
             for block in self.blocks:
                 x = torch.tanh(block(x)) if x.sum() < 1e9 else x
             return x
@@ -410,3 +410,8 @@ def test_families_can_be_registered() -> None:
         cut(Decoder(), 2)
     register_family(Decoder, Family("blocks", ("first",), ()))
     equal_to_the_model(Decoder(), batch, lambda m: cut(m, 3), programs(3))
+    model, x = Decoder(), torch.randn(4, 4)
+    first, second = cut(model, at=["blocks.1"])
+    assert not first(x).equal(first(x)), "the model's own dropout"
+    model.eval()
+    assert second(first(x)).equal(model(x)), "follows the mode of the model"

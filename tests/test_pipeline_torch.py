@@ -109,7 +109,7 @@ def train(pipeline: TorchPipeline | SimulatedPipeline, sizes: list[int]) -> list
         losses += [float(pipeline.step(data(size, seed=2 * t + k))) for k in range(2)]
         losses.append(float(pipeline.clip_grad_norm_(0.5)))
         optimizer.step()
-        losses.append(float(pipeline.evaluate(data(7))))
+        losses.append(float(pipeline.evaluate(data(19))))
     return losses
 
 
@@ -117,31 +117,45 @@ SIZES = [16, 24, 13, 16]
 """Batches of another shape, one that cannot be cut evenly, and the first shape again."""
 
 
+def normed() -> nn.Sequential:
+    model = net()
+    model[2].append(nn.BatchNorm1d(6).double())
+    return model
+
+
+def statistics(runner: Any) -> list[Tensor]:
+    return [b.clone() for held in sorted(runner.stages) for b in runner.stages[held].buffers()]
+
+
 def job(world: Any, ranks: int, sizes: list[int]) -> Any:
     results = []
     for program in programs(ranks):
-        model = net()
-        pipeline = TorchPipeline(cut(model, program.stages), program, loss, seed=3)
+        pipeline = TorchPipeline(cut(normed(), program.stages), program, loss, seed=3)
         losses = train(pipeline, sizes)
         engines = len(pipeline.runners[0]._engines)  # type: ignore[attr-defined]
-        results.append((losses, [p.detach() for p in pipeline.parameters()], pipeline.report.bubble, engines))
+        tensors = [p.detach() for p in pipeline.parameters()] + statistics(pipeline.runners[0])
+        results.append((losses, tensors, pipeline.report.bubble, engines))
     return results
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_equal_one(ranks: Callable[..., list[Any]], count: int) -> None:
-    """Every schedule trains as the simulation of it does, dropout included, which equals the unsplit model (above)."""
-    sizes = SIZES if count == 2 else SIZES[2:]
+    """Every schedule trains as the simulation of it does, which equals the unsplit model (above).
+
+    With masks of dropout, and statistics of batch normalization.
+    """
+    sizes = SIZES if count == 2 else [21, 16]
     answers = ranks(job, count, count, sizes)
     for k, program in enumerate(programs(count)):
-        simulated = SimulatedPipeline(cut(net(), program.stages), program, loss, seed=3)
+        simulated = SimulatedPipeline(cut(normed(), program.stages), program, loss, seed=3)
         losses = train(simulated, sizes)
         for rank in range(count):
             got, parameters, bubble, engines = answers[rank][k]
             assert engines == len({size for size in sizes if size % program.microbatches == 0}), "torch ran them"
             assert got == pytest.approx(losses, abs=1e-10), program.name
             assert bubble == check(program).bubble
-            for mine, other in zip(parameters, simulated.runners[rank].parameters(), strict=True):
+            runner = simulated.runners[rank]
+            for mine, other in zip(parameters, [*runner.parameters(), *statistics(runner)], strict=True):
                 torch.testing.assert_close(mine, other.detach(), atol=1e-10, rtol=1e-10)
 
 

@@ -75,9 +75,14 @@ class BlockStage(Stage):
         super().__init__(names)
         self.model = _with_only(model, family, {name for name, _ in units} - set(names))
         self.arguments, self.output = dict(family.arguments), family.output
+        self.shells = ["", family.blocks, *_parents({family.blocks, *family.before, *family.after})]
+        """Modules of the model that are here without all that is in them."""
 
     def forward(self, x: Tensor) -> Tensor:
         """From the hidden state, or tokens, to the hidden state, or what the model's last module gives."""
+        mode = self.model.get_submodule(self.names[0]).training  # shared with the model, whose mode it follows
+        for name in self.shells:
+            self.model.get_submodule(name).training = mode
         output = self.model(x, **self.arguments)
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
@@ -93,9 +98,8 @@ class BlockStage(Stage):
 
 def _with_only(model: nn.Module, family: Family, gone: set[str]) -> nn.Module:
     """A shallow copy without some of its units; what it keeps is shared."""
-    changed = {family.blocks, *family.before, *family.after}
     hollow = _shallow(model)
-    for path in sorted({".".join(name.split(".")[:k]) for name in changed for k in range(1, name.count(".") + 1)}):
+    for path in _parents({family.blocks, *family.before, *family.after}):
         _put(hollow, path, _shallow(hollow.get_submodule(path)))
     for name in gone - {f"{family.blocks}.{k}" for k, _ in model.get_submodule(family.blocks).named_children()}:
         _put(hollow, name, nn.Identity())
@@ -103,6 +107,11 @@ def _with_only(model: nn.Module, family: Family, gone: set[str]) -> nn.Module:
     blocks._modules = {k: block for k, block in blocks._modules.items() if f"{family.blocks}.{k}" not in gone}
     _put(hollow, family.blocks, blocks)
     return hollow
+
+
+def _parents(names: set[str]) -> list[str]:
+    """The modules that these are in, outer ones first."""
+    return sorted({".".join(name.split(".")[:k]) for name in names for k in range(1, name.count(".") + 1)})
 
 
 def _shallow(module: nn.Module) -> nn.Module:
