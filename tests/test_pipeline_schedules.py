@@ -133,6 +133,25 @@ WRONG = {
 }
 
 
+I, W = (lambda s, m: Action("backward_input", s, m)), (lambda s, m: Action("backward_weight", s, m))  # noqa: E741
+PARTED = Program.of("parted", [[0, 1]], 1, [[F(0, 0), I(0, 0), W(0, 0)], [F(1, 0), I(1, 0), W(1, 0)]])
+WRONG |= {
+    "rank 1 does W1.0 before I1.0": changed(PARTED, 1, swap(I(1, 0), W(1, 0))),
+    "backward_weight of stage 0 on micro-batch 0 happens 0 times": changed(PARTED, 0, lambda a: a.remove(W(0, 0))),
+    "backward_input of stage 0 on micro-batch 0 happens 0 times": changed(PARTED, 0, lambda a: a.remove(I(0, 0))),
+    "backward of stage 1 on micro-batch 0 happens 2 times": changed(PARTED, 1, lambda a: a.append(B(1, 0))),
+    "rank 1 does SG1.0 before B1.0": changed(PARTED, 1, swap(I(1, 0), Action("send_gradient", 1, 0))),
+}
+
+
+def test_backwards_in_two_parts() -> None:
+    """The gradient of the input lets the stage before go on; activations are held until that of the parameters is there."""
+    report = check(PARTED)
+    assert report.makespan == 5 == check(one_f_one_b(2, 1)).makespan - 1, "W of rank 1 beside I of rank 0"
+    assert report.peak == (1, 1)
+    assert timeline(PARTED) == "rank 0 (0)......[0]{0}\nrank 1 ...(0)[0]{0}..."
+
+
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_programs_are_caught(message: str) -> None:
     with pytest.raises(ValueError, match=rf"^program '[^\n]*{re.escape(message)}[^\n]*$"):
