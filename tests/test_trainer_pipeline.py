@@ -611,19 +611,20 @@ class Traced(Classifier):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_traced_model() -> None:
-    """Cut inside of a residual connection, and by measured time; the Trainer's summary runs the example through it, too."""
+    """Cut inside of a residual connection, and by measured time; gradients are clipped by value; the summary runs the example."""
 
     def job(rank: int) -> Any:
         results = []
         for options in ({"split": ["second"]}, {"balance": "time"}):
             module = Traced()
-            staged(module, PipelineStrategy(num_microbatches=2, **options), enable_model_summary=True)  # type: ignore[arg-type]
+            strategy = PipelineStrategy(num_microbatches=2, **options)  # type: ignore[arg-type]
+            staged(module, strategy, enable_model_summary=True, gradient_clip_algorithm="value", gradient_clip_val=0.01)
             results.append(whole(module))
         return results
 
     answers = on_ranks(job, 2)
     module = Traced()
-    plain(module)
+    plain(module, gradient_clip_algorithm="value", gradient_clip_val=0.01)
     for weights in (*answers[0], *answers[1]):
         for key, value in module.state_dict().items():
             torch.testing.assert_close(weights[key], value, atol=1e-10, rtol=1e-10)
