@@ -5,7 +5,8 @@ sends activations and their gradients in these ways:
 
 * ``none``: as they are;
 * ``direct``: through ``--codec``;
-* ``AQ-SGD``: changes since the same sample was last seen, which is dense in the first epoch;
+* ``AQ-SGD``: activations as changes since the same sample was last seen, which is dense in the first epoch; gradients
+  through ``--codec``, as its authors' code does;
 * ``FC``, ``FU``: Clapping, changes since the last step, on batches that are repeated with probability ``1 - p``; FU sends
   new batches as they are.
 
@@ -49,7 +50,7 @@ CODECS = {"int4": Int4(), "top10": BlockTopK(0.1)}
 
 
 def link(arm: str, args: argparse.Namespace) -> Link | None:
-    """What is put on the boundaries, in both directions."""
+    """What is put on the boundaries: on activations and, but for AQ-SGD, on their gradients."""
     codec, p = CODECS[args.codec], args.probability
     made = {
         "none": None,
@@ -106,7 +107,8 @@ def fit(arm: str, args: argparse.Namespace, seed: int, measure: bool) -> dict[st
     heads = max(1, args.width // 36)
     model = NumberedGPT(args.layers, heads, args.width, args.context, lr=args.lr, warmup_steps=args.steps // 10)
     strategy = dopt.PipelineStrategy(
-        num_microbatches=args.microbatches, activation_link=way, gradient_link=way, network="",
+        num_microbatches=args.microbatches, activation_link=way, network="",
+        gradient_link=Direct(CODECS[args.codec]) if isinstance(way, AQSGD) else way,
         samples=1 if isinstance(way, AQSGD) else None, seed=seed,
     )  # fmt: skip
     steps = args.steps if measure else 4 + args.timed
