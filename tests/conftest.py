@@ -28,6 +28,8 @@ import torch.distributed as dist
 from lightning_dopt import ProcessGroupWorld
 
 torch.set_num_threads(1)
+# Autograd counts devices at its first backward. Compilers register some, after which processes that are forked could not train.
+torch.zeros(1, requires_grad=True).sum().backward()
 
 
 def _seed() -> None:
