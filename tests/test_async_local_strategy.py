@@ -69,10 +69,6 @@ def test_training_ends_with_the_sum_of_all_steps_and_no_rank_waits_for_a_slow_on
     assert stalled < 1.0
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known defect: on a loaded machine the ranks' meeting for a checkpoint may end in another order",
-)
 def test_resume_equals_the_run_that_was_saved(tmp_path: Path) -> None:
     """Ranks come together for the checkpoint: the uninterrupted run pauses there, too."""
 

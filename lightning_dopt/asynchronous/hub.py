@@ -96,13 +96,14 @@ class Hub:
 
     @torch.no_grad()
     def step(self) -> list[int]:
-        """Step with what has gathered, in the order of arrival.
+        """Step with what has gathered: one by one in the order of arrival, or together, summed in the order of the workers.
 
         Returns:
             The workers whose pushes were taken, each once, in the order of arrival.
         """
         gathered, self._gathered = self._gathered, []
-        for pushes in [[push] for push in gathered] if self.rule.when.apart else [gathered]:
+        together = sorted(gathered, key=lambda push: push.worker)  # the same sum whoever came first
+        for pushes in [[push] for push in gathered] if self.rule.when.apart else [together]:
             self._move(pushes)
         return list(dict.fromkeys(push.worker for push in gathered))
 

@@ -44,6 +44,7 @@ class HubDesk:
         self.hub, self.total_steps = hub, check_int("HubDesk", "total_steps", total_steps, 0)
         self._changed = threading.Condition()
         self._waiting: set[int] = set()
+        self._leaving: set[int] = set()
         self._failure: str | None = None
         self._stepped = 0
         self._open = False
@@ -57,6 +58,7 @@ class HubDesk:
         with self._changed:
             self.hub.alive = set(range(self.hub.n))
             self._waiting.clear()
+            self._leaving.clear()
             self._open = True
             self._openings += 1
         if self.hub.rule.when.period is not None:
@@ -73,7 +75,8 @@ class HubDesk:
         Args:
             worker: Who.
             push: What it has done.
-            last: Whether it leaves. Then the answer comes when all have left and all that can be is taken in.
+            last: Whether it leaves. Then the answer comes when all have left and all that can be is taken in. While its push
+                waits for others it counts as one of those that a step waits for: who comes first makes no difference.
 
         Raises:
             SyncError: a worker is lost.
@@ -86,8 +89,9 @@ class HubDesk:
                     self._waiting.add(worker)
                 self._plan(self.hub.receive(push))
             if last:
-                self._plan(self.hub.leave(worker))
-                self._leave()
+                self._leaving.add(worker)
+                self._let_go()
+                self._close()
                 self._changed.wait_for(lambda: not self._open or self._failure is not None)
             elif push is not None and waits:
                 self._changed.wait_for(lambda: worker not in self._waiting or self._failure is not None)
@@ -132,11 +136,17 @@ class HubDesk:
         self._waiting.difference_update(self.hub.step())
         self._changed.notify_all()
 
-    def _leave(self) -> None:
-        if self.hub.alive:
+    def _let_go(self) -> None:
+        """Who leaves is gone once its push has been taken."""
+        while gone := self._leaving & self.hub.alive - self._waiting:
+            self._plan(self.hub.leave(min(gone)))
+
+    def _close(self) -> None:
+        if self.hub.alive - self._leaving:
             return
         if self._waiting:  # what they wait for would come with time; what a buffer waits for would not
             self._step()
+            self._let_go()
         self._open = False
         self._changed.notify_all()
 
