@@ -27,6 +27,7 @@ from lightning_dopt.pipeline import (
     cut_batch,
     gpipe,
     interleaved,
+    mail,
     one_f_one_b,
 )
 from tests.trainer_tools import on_ranks
@@ -275,12 +276,13 @@ def test_batches_of_any_structure() -> None:
 # ---------------------------------------------------------------------- real processes
 
 
-def train(pipeline: Pipeline | SimulatedPipeline, steps: int, dtype: torch.dtype) -> list[float]:
+def train(pipeline: Pipeline | SimulatedPipeline, steps: int, dtype: torch.dtype, device: str = "cpu") -> list[float]:
     optimizer = torch.optim.SGD(pipeline.parameters(), lr=0.1, momentum=0.5)
     losses = []
     for t in range(steps):
         optimizer.zero_grad()
-        losses.append(float(pipeline.step(data(11, seed=t // 2, dtype=dtype), fresh=t % 2 == 0)))
+        batch = tuple(x.to(device) for x in data(11, seed=t // 2, dtype=dtype))
+        losses.append(float(pipeline.step(batch, fresh=t % 2 == 0)))
         losses.append(float(pipeline.clip_grad_norm_(0.05)))
         optimizer.step()
     return losses
@@ -339,8 +341,14 @@ def test_a_pipeline_on_some_of_the_processes() -> None:
     assert "from rank 2 (" in answers[0][3], "ranks are those among all processes"
 
 
-def test_two_processes_equal_one() -> None:
-    """Without a codec the unsplit model's training, with one that of the simulation in every bit; who is late is named."""
+@pytest.mark.parametrize("by_host", [False, True])
+def test_two_processes_equal_one(by_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a codec the unsplit model's training, with one that of the simulation in every bit; who is late is named.
+
+    The same where messages pass through a copy on the host, as they do from and to GPUs.
+    """
+    if by_host:
+        monkeypatch.setattr(mail, "on_host", lambda tensor: tensor.dtype != torch.uint8)
     answers = on_ranks(job, 2)
     for k, (program, packed) in enumerate(CASES):
         simulated = make(SimulatedPipeline, program, packed)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_dopt._checks import check_choice
 from lightning_dopt.pipeline.links import Link
+from lightning_dopt.pipeline.mail import BOTH, on_host
 from lightning_dopt.pipeline.pipeline import Pipeline, first_of
 from lightning_dopt.pipeline.program import Program
 from lightning_dopt.pipeline.runner import Context, Loss
@@ -48,10 +49,11 @@ def make_pipeline(
         group: The processes of this pipeline.
         context: Entered for every forward.
         engine: ``"torch"``, ``"native"`` (the runtime of this package), or ``"auto"``: torch where there are no links and torch
-            has the schedule.
+            has the schedule, and for stages on GPUs NCCL is there.
 
     Raises:
-        ValueError: ``engine="torch"`` with links, or with a schedule that torch does not have; else as for the two classes.
+        ValueError: ``engine="torch"`` with links, with a schedule that torch does not have, or on GPUs without NCCL; else as
+            for the two classes.
     """
     check_choice("make_pipeline", "engine", engine, ("auto", "torch", "native"))
     links = {"activation_link": activation_link, "gradient_link": gradient_link}
@@ -61,6 +63,13 @@ def make_pipeline(
             f"make_pipeline(engine='torch', {given[0]}): torch sends tensors as they are; take engine='native'"
         )
     known = program.name in TORCH_SCHEDULES and available(program.name)
-    if engine == "torch" or (engine == "auto" and known and not given):
+    far = [p.device for stage in stages for p in stage.parameters() if not on_host(p)]
+    served = not far or "nccl" in dist.get_backend(group)
+    if engine == "torch" and not served:
+        raise ValueError(
+            f"make_pipeline(engine='torch'): sends tensors from {far[0]}, which needs a group over '{BOTH}', not "
+            f"{str(dist.get_backend(group))!r}; take engine='native'"
+        )
+    if engine == "torch" or (engine == "auto" and known and served and not given):
         return TorchPipeline(stages, program, loss, inputs, seed, timeout, group, context)
     return Pipeline(stages, program, loss, inputs, activation_link, gradient_link, seed, timeout, group, context)

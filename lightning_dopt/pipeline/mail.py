@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,6 +17,23 @@ from lightning_dopt.comm import Ledger, SyncError
 from lightning_dopt.comm.process_group import no_answer
 
 T = TypeVar("T")
+
+BOTH = "cpu:gloo,cuda:nccl"
+"""Backends of a group whose messages go over gloo, and over NCCL where torch's engine sends tensors that lie on GPUs."""
+
+
+def backends(default: str) -> str:
+    """Those of a pipeline's group, from that of the default group."""
+    return BOTH if "nccl" in default else "gloo"
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether gloo can send a tensor from where it lies."""
+    return tensor.device.type == "cpu"
+
+
+def _host_box(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 class Letter(ABC):
@@ -102,19 +120,22 @@ class LocalMail(Mail):
 
 
 class _Work(Letter):
-    def __init__(self, mail: ProcessMail, work: Any, box: Tensor, peer: int, label: str) -> None:
-        self.mail, self.work, self.box, self.peer, self.label = mail, work, box, peer, label
+    def __init__(self, mail: ProcessMail, work: Any, box: Tensor, lands: Tensor, peer: int, label: str) -> None:
+        self.mail, self.work, self.box, self.lands, self.peer, self.label = mail, work, box, lands, peer, label
 
     def ready(self) -> bool:
         return False  # never asked: a process waits
 
     def wait(self) -> Tensor:
         self.mail.wait(self.work, self.peer, self.label)
-        return self.box
+        return self.box if self.lands is self.box else self.box.copy_(self.lands)
 
 
 class ProcessMail(Mail):
     """One rank per process, over ``torch.distributed``. Creating it is collective.
+
+    Messages go over gloo, which tells them apart by their tags; NCCL takes them in one order, and blocks where two ranks write to
+    each other in different ones. Those of tensors on a GPU are copied to the memory of the host first, and from there at their end.
 
     Args:
         timeout: How long a rank waits for another one before it gives up; that of ``group`` if there is one.
@@ -122,8 +143,7 @@ class ProcessMail(Mail):
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
-        ValueError: Its backend is not gloo (over NCCL messages have no tags; nothing here has run on it), or this process
-            is not in ``group``.
+        ValueError: gloo is not among the backends of the group, or this process is not in ``group``.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=30), group: dist.ProcessGroup | None = None) -> None:
@@ -132,9 +152,11 @@ class ProcessMail(Mail):
         if group is not None and dist.get_rank(group) < 0:
             raise ValueError(f"Pipeline(group=...): rank {dist.get_rank()} does not belong to it")
         if "gloo" not in str(dist.get_backend(group)):
-            raise ValueError(f"Pipeline(backend={dist.get_backend(group)!r}): only 'gloo' is supported")
+            raise ValueError(
+                f"Pipeline(backend={dist.get_backend(group)!r}): needs 'gloo', or '{BOTH}' for torch's engine on GPUs"
+            )
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
-        made = group if group is not None else dist.new_group(timeout=timeout, backend="gloo")
+        made = group if group is not None else dist.new_group(timeout=timeout, backend=backends(dist.get_backend()))
         assert isinstance(made, dist.ProcessGroup)  # every rank belongs to it
         self.group = made
         self.ranks = dist.get_process_group_ranks(made)
@@ -146,6 +168,8 @@ class ProcessMail(Mail):
     def post(self, peer: int, tag: int, tensor: Tensor, label: str) -> None:
         """See :meth:`Mail.post`."""
         self.ledger.sent(label, tensor.nbytes)
+        if not on_host(tensor):
+            tensor = _host_box(tensor).copy_(tensor)
         try:
             work = dist.isend(tensor, self.ranks[peer], group=self.group, tag=tag)
         except (RuntimeError, dist.DistError) as error:
@@ -154,8 +178,10 @@ class ProcessMail(Mail):
 
     def expect(self, peer: int, tag: int, box: Tensor, label: str) -> Letter:
         """See :meth:`Mail.expect`."""
+        lands = box if on_host(box) else _host_box(box)
         try:
-            return _Work(self, dist.irecv(box, self.ranks[peer], group=self.group, tag=tag), box, peer, label)
+            work = dist.irecv(lands, self.ranks[peer], group=self.group, tag=tag)
+            return _Work(self, work, box, lands, peer, label)
         except (RuntimeError, dist.DistError) as error:
             raise self._gave_up(peer, label, 0.0, error) from error
 

@@ -160,12 +160,17 @@ class _Pipeline(ABC):
         for runner in self.runners:
             mine = state[str(runner.mail.rank)]
             runner.step, runner.draws = mine["step"], mine["draws"]
-            runner.memories = {k: {i: t.clone() for i, t in memory.items()} for k, memory in mine["memories"].items()}
+            device = next((p.device for p in runner.parameters()), None)  # files are read to the host
+            runner.memories = {
+                k: {i: t.to(device, copy=True) for i, t in memory.items()} for k, memory in mine["memories"].items()
+            }
             runner.specs = dict(mine["specs"])
 
 
 class Pipeline(_Pipeline):
-    """A pipeline over the processes of ``torch.distributed`` (gloo), one rank in each. Making it is collective.
+    """A pipeline over the processes of ``torch.distributed``, one rank in each. Making it is collective.
+
+    Messages go over gloo, through the host's memory if stages are on GPUs (where nothing of this has run yet).
 
     Args:
         stages: All stages of the model (see :func:`~lightning_dopt.pipeline.cut`), with equal weights on all ranks. Those
@@ -177,14 +182,14 @@ class Pipeline(_Pipeline):
         gradient_link: What happens to the gradients of activations.
         seed: Seed of dropout and of codecs that draw random numbers, the same on all ranks.
         timeout: How long a rank waits for another one before it gives up; with a ``group`` its own timeout holds.
-        group: The processes of this pipeline (gloo), whose order is that of the program's ranks; ``None``: all. So several
-            pipelines may run beside one another.
+        group: The processes of this pipeline, whose order is that of the program's ranks, over gloo or
+            ``"cpu:gloo,cuda:nccl"``; ``None``: all. So several pipelines may run beside one another.
         context: Entered for every forward of a stage, with the input and the loss, such as ``torch.autocast``.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
-        ValueError: The number of stages or ranks does not fit the program, the program is wrong, the backend is not
-            gloo, or this process is not in ``group``.
+        ValueError: The number of stages or ranks does not fit the program, the program is wrong, gloo is not among the
+            backends, or this process is not in ``group``.
     """
 
     def __init__(

@@ -295,7 +295,8 @@ class Runner:
             box = torch.zeros(DIMENSIONS + 2, dtype=torch.int64)
             tag = self._tag("shape of activation", pipe, boundary, m)
             header = yield self.mail.expect(peer, tag, box, "shapes")
-            spec = run.learnt[place] = read_header(header, self._device(action))
+            device = next(tensors(run.parts[m])).device  # where the batch lies, all stages do
+            spec = run.learnt[place] = read_header(header, device)
         link, memory, note = self._link(what, pipe, boundary, m, run)
         box = torch.empty(link.payload_bytes(spec, memory, note), dtype=torch.uint8, device=spec.device)
         payload = yield self.mail.expect(
@@ -310,10 +311,6 @@ class Runner:
         note = run.notes[m]
         seed = key(note.seed, pipe, boundary, KINDS.index(what))
         return self.links[what], memory, Note(m, note.fresh, note.samples, seed)
-
-    def _device(self, action: Action) -> torch.device:
-        first = next(self.stages[action.pipe, action.stage].parameters(), None)
-        return first.device if first is not None else torch.device("cpu")
 
     def _tag(self, kind: str, pipe: int, place: int, m: int) -> int:
         return tag(self.program, kind, pipe, place, m)

@@ -202,7 +202,7 @@ class _Engine:
         """The error itself, or one that says who is missing."""
         words = str(error).lower()
         if not isinstance(error, dist.DistError) and not any(
-            w in words for w in ("gloo", "timed out", "connection", "peer")
+            w in words for w in ("gloo", "nccl", "timed out", "connection", "peer")
         ):
             return error
         mail = self.runner.mail

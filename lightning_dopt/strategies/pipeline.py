@@ -74,7 +74,8 @@ class PipelineStrategy(PipelineRanks):
         whole_at_end: After ``fit`` give every rank the weights of all stages. ``False``: those of other stages stay away.
         seed: Seed of dropout, lazy sampling and codecs that draw random numbers.
         timeout: How long a rank waits for another one before it gives up.
-        process_group_backend: Of Lightning's own messages; those of the pipeline go over gloo.
+        process_group_backend: Of Lightning's own messages, and on GPUs of torch's engine, which needs ``"nccl"`` there; the
+            runtime of this package sends over gloo.
         start_method: How Lightning starts the processes.
         accelerator: See ``DDPStrategy``.
         parallel_devices: See ``DDPStrategy``.

@@ -67,14 +67,14 @@ def check_engine(engine: Engine, schedule: Schedule, links: Sequence[Link]) -> N
 
 
 def check_devices(devices: Sequence[torch.device] | None, precision: Any) -> None:
-    """Refuse devices that gloo does not serve, and losses that are scaled.
+    """Refuse devices whose tensors cannot be sent, and losses that are scaled.
 
     Raises:
         ValueError: There are such.
     """
     kinds = {device.type for device in devices or ()}
-    if kinds - {"cpu"}:
-        raise ValueError(f"{NAME}: needs accelerator='cpu', not {sorted(kinds)[0]!r}; messages go over gloo")
+    for kind in kinds - {"cpu", "cuda"}:
+        raise ValueError(f"{NAME}: needs accelerator='cpu' or 'gpu' (CUDA), not {kind!r}")
     if getattr(precision, "scaler", None) is not None or getattr(precision, "precision", "") in ("16-mixed", "16-true"):
         raise ValueError("Trainer(precision='16-mixed'): gradients of activations have no loss scale; use 'bf16-mixed'")
 

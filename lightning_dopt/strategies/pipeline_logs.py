@@ -147,7 +147,9 @@ class StepLogs:
         options: dict[str, Any] = dict(kind.options)
         if kind.sized:
             options["batch_size"] = size
-        number: Any = torch.tensor(value, dtype=kind.dtype) if kind.dtype is not None else value
+        number: Any = value
+        if kind.dtype is not None:
+            number = torch.tensor(value, dtype=kind.dtype, device=self.module.device)
         if kind.metric is not None:
             metric = self.module.get_submodule(kind.metric)
             assert isinstance(metric, Metric)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_dopt.comm import ProcessGroupWorld
 from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.engine import Engine
+from lightning_dopt.pipeline.mail import backends
 from lightning_dopt.plan import Plan, Sync
 from lightning_dopt.strategies import start
 from lightning_dopt.strategies.checkpoints import copied
@@ -38,7 +39,7 @@ class Islands:
         self.island, self.place = divmod(dist.get_rank(), size)
         pipelines = [self.ranks(k) for k in range(self.count)]
         same = [list(range(j, self.count * size, size)) for j in range(size)]
-        self.pipeline = _own_group(pipelines, timeout, "gloo")
+        self.pipeline = _own_group(pipelines, timeout, backends(dist.get_backend()))
         """The processes of this rank's pipeline."""
         self.replicas = _own_group(same, timeout, backend)
         """The processes with the same stages, one of each pipeline; for their world alone."""

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
+
+from lightning_dopt.pipeline.mail import on_host
 
 
 class StagesOfModule:
@@ -35,6 +38,7 @@ class StagesOfModule:
         ranks: Sequence[int],
     ) -> None:
         self.module, self.rank, self.ranks, self.zero = module, rank, ranks, ranks[0]
+        self.by_host = dist.is_initialized() and "nccl" not in dist.get_backend()  # gloo sends from the host only
         places: dict[int, list[int]] = {}
         shared: set[int] = set()
         for stage, row in zip(stages, holders, strict=True):
@@ -127,6 +131,7 @@ class StagesOfModule:
         """On the first of ``ranks`` what each of them gave, in their order; elsewhere nothing. Collective."""
         if self.rank not in self.ranks:
             return []
+        mine = move_data_to_device(mine, "cpu")  # or each tensor would come back on its sender's GPU
         if self.rank != self.zero:
             dist.send_object_list([mine], self.zero)
             return []
@@ -141,10 +146,14 @@ class StagesOfModule:
     def _move(self, tensor: Tensor, source: int, target: int) -> None:
         if source == target:
             return
+        here = self.by_host and not on_host(tensor)
         if self.rank == source:
-            dist.send(tensor.contiguous(), target)
+            dist.send(tensor.cpu() if here else tensor.contiguous(), target)
         elif self.rank == target:
-            dist.recv(tensor, source)
+            box = torch.empty(tensor.shape, dtype=tensor.dtype) if here else tensor
+            dist.recv(box, source)
+            if here:
+                tensor.copy_(box)
 
 
 def is_placeholder(tensor: Tensor) -> bool:

@@ -92,7 +92,8 @@ class StagedStep:
         gradients = take_gradients(own, held)
         self.logs.share()
         dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
-        return loss_with_gradients(value.to(torch.promote_types(dtype, torch.float32)), own, gradients)
+        value = value.to(self.module.device, torch.promote_types(dtype, torch.float32))
+        return loss_with_gradients(value, own, gradients)
 
     def loss(self, output: Tensor, part: Any) -> Tensor:
         """The loss of a micro-batch; what is logged for it is recorded."""
