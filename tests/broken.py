@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 from trainer_tools import Regressor, quiet
 
-from lightning_dopt.strategies import replica
+from lightning_dopt.strategies import collectives
 from lightning_dopt.strategies.watch import Watch
 
 
@@ -137,7 +137,7 @@ def _serve(job: Callable[[int], Any], rank: int, environment: dict[str, str], fo
     os.dup2(error.fileno(), 1)
     sys.stdout = sys.stderr = error
     os.environ.update(environment)
-    replica.Watch = partial(Watch, grace=1.0, poll=0.2, patience=2.0)  # type: ignore[misc, assignment]
+    collectives.Watch = partial(Watch, grace=4.0, poll=0.2, patience=2.0)  # type: ignore[misc, assignment]
     quiet()
     job(rank)
 

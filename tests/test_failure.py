@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -131,7 +132,7 @@ def test_a_rank_hangs_or_is_stopped() -> None:
             last = processes.join(timeout + 2 * SOON, [bad])[bad]
             assert last.code == 1
             if what is hang:
-                assert re.search(rf"\[rank {bad}\] ended: rank \d failed 1 s ago \(.*\) and this rank", last.text)
+                assert re.search(rf"\[rank {bad}\] ended: rank \d failed 4 s ago \(.*\) and this rank", last.text)
                 assert "in hang\n" in last.text  # where it was
 
 
@@ -393,6 +394,26 @@ def test_a_failure_before_the_first_step() -> None:
     Watch(store, 0, 2).failed(FileNotFoundError("train.csv"), 0)
     who = Watch(store, 1, 2).diagnose("barrier", 0)
     assert who == "rank 0, which failed before the first step with FileNotFoundError: train.csv"
+
+
+def test_rank_0_stays_until_all_have_read_whose_fault_it_is() -> None:
+    """The store ends with its process. Where nobody is to blame, or rank 0 is, there is nothing to wait for."""
+
+    def seconds(error: Exception, *notes: tuple[int, Exception], late: float = 0.0, linger: float = 30.0) -> float:
+        store = dist.HashStore()
+        for rank, note in notes:
+            Watch(store, rank, 3).failed(note, 4)
+        if late:
+            threading.Timer(late, lambda: Watch(store, 2, 3).failed(SyncError("rank 2"), 4)).start()
+        start = time.monotonic()
+        Watch(store, 0, 3, linger=linger).failed(error, 4)
+        return time.monotonic() - start
+
+    culprit = (1, KeyError("x"))
+    assert 0.3 < seconds(SyncError("rank 0"), culprit, late=0.4) < 10.0
+    assert 0.2 < seconds(SyncError("rank 0"), culprit, linger=0.3) < 10.0
+    assert seconds(SyncError("rank 0"), (1, SyncError("rank 1"))) < 10.0, "rank 2 was killed"
+    assert seconds(KeyError("x"), (1, SyncError("rank 1"))) < 10.0
 
 
 class Stuck:

@@ -21,6 +21,7 @@ class Watch:
 
     A rank that raises writes why; a rank that waits in vain writes where. So a rank that sees its communication fail
     can name the culprit, and a rank that hangs outside communication is ended ``grace`` seconds after another gave up.
+    Rank 0, whose process keeps the store, stays for a while until the others have read who that is.
 
     Args:
         store: Key-value store shared by all ranks (``None``: nothing is noted).
@@ -30,6 +31,8 @@ class Watch:
         poll: Seconds between looks at the store.
         patience: Seconds that a look may take: a process that is stopped keeps its connections and never answers.
         goes_on: Whether the run goes on without the ranks that fail, except rank 0.
+        linger: Seconds that rank 0, when another rank's failure ends it, stays at most for those that have not noticed yet; less
+            than ``grace``.
     """
 
     def __init__(
@@ -41,9 +44,10 @@ class Watch:
         poll: float = 3.0,
         patience: float = 5.0,
         goes_on: bool = False,
+        linger: float = 3.0,
     ) -> None:
         self.store, self.rank, self.size, self.goes_on = store, rank, size, goes_on
-        self.grace, self.poll, self.patience = grace, poll, patience
+        self.grace, self.poll, self.patience, self.linger = grace, poll, patience, linger
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -66,6 +70,18 @@ class Watch:
         """Note that this rank raised ``error`` at ``step``; the first line is kept."""
         first = (str(error).splitlines() or [""])[0]
         self._write(f"dopt/failed/{self.rank}", f"{step}|{type(error).__name__}{': ' if first else ''}{first}")
+        if self.rank == 0 and self.store is not None and type(error).__name__ in SECONDARY:
+            self._stay()
+
+    def _stay(self) -> None:
+        """Wait until all others have noted their failures, which they do once they know whose fault it is."""
+        deadline = time.monotonic() + self.linger
+        with contextlib.suppress(Exception):
+            while time.monotonic() < deadline:
+                notes = self._ask(lambda: self._read("failed"))
+                if len(notes) == self.size or all(map(_secondary, notes.values())):
+                    return  # all know, or there is nothing to know
+                time.sleep(0.05)
 
     def diagnose(self, label: str, step: int) -> str:
         """After failed communication: who is missing, as far as the notes tell, in words."""
