@@ -51,9 +51,9 @@ class Slow(Regressor):
 
 def test_training_ends_with_the_sum_of_all_steps_and_no_rank_waits_for_a_slow_one() -> None:
     def job(rank: int) -> tuple[int, torch.Tensor, int, float]:
-        module = Slow((0.003, 0.03)[rank])
+        module = Slow((0.003, 0.06)[rank])
         strategy = AsyncLocalStrategy(
-            local_steps=LocalSteps(8, dynamic=True), total_steps=120, codec=dopt.ErrorFeedback(dopt.Int8())
+            local_steps=LocalSteps(8, dynamic=True), total_steps=160, codec=dopt.ErrorFeedback(dopt.Int8())
         )
         fitter = trainer(strategy, max_epochs=-1, max_steps=-1)
         fitter.fit(module, regression(2048), regression(16))  # ranks come together where an epoch ends
@@ -63,10 +63,10 @@ def test_training_ends_with_the_sum_of_all_steps_and_no_rank_waits_for_a_slow_on
 
     (fast, weights, steps, stalled), (slow, other, _, _) = on_ranks(job)
     assert fast == steps
-    assert 120 <= fast + slow <= 120 + 2 * 8
+    assert 160 <= fast + slow <= 160 + 2 * 8
     assert slow < fast / 2
     assert torch.equal(weights, other)
-    assert stalled < 1.0
+    assert stalled < 2.0, "ten rounds of eight slow steps take 4.8 seconds"
 
 
 def test_resume_equals_the_run_that_was_saved(tmp_path: Path) -> None:

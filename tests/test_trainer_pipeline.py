@@ -26,7 +26,7 @@ from trainer_tools import on_ranks, regression, trainer
 from lightning_dopt import Drifted, Int4, PipelineStrategy, Plan, ReplicaStrategy, Ring, Sync, plans
 from lightning_dopt.pipeline import AQSGD, Clapping, Direct, Replay, SimulatedPipeline, cut, one_f_one_b
 from lightning_dopt.pipeline.torch_schedules import available
-from lightning_dopt.strategies import pipeline_ranks
+from lightning_dopt.strategies import collectives
 from lightning_dopt.strategies.pipeline_lazy import LazyBatches
 from lightning_dopt.strategies.pipeline_replicas import MEAN_GRADIENT
 from lightning_dopt.strategies.watch import Watch
@@ -639,7 +639,7 @@ def test_a_stage_that_fails_is_named(what: Any, tmp_path: Path) -> None:
     """The others end long before the timeout, with its rank and stage, and write no checkpoint in their trouble."""
 
     def job(rank: int) -> None:
-        pipeline_ranks.Watch = partial(Watch, grace=1.0, poll=0.2, patience=2.0)  # type: ignore[misc, assignment]
+        collectives.Watch = partial(Watch, grace=4.0, poll=0.2, patience=2.0)  # type: ignore[misc, assignment]
         strategy = PipelineStrategy(network="net", num_microbatches=2, timeout=timedelta(seconds=60))
         saver = ModelCheckpoint(tmp_path, save_on_exception=True) if "save_on_exception" in SAVER else None
         fitter = trainer(strategy, 2, max_epochs=1, callbacks=[saver] if saver is not None else [])

@@ -152,7 +152,7 @@ def test_what_is_refused_before_processes_start() -> None:
         ReplicaStrategy(Sync(), plan=Plan())
     for options in (
         {"evaluate": "mean"}, {"buffers": "sum"}, {"clock": -1}, {"measure_every": -1}, {"start_method": "thread"},
-        {"timeout": timedelta(0)},
+        {"timeout": timedelta(0)}, {"process_group_backend": "foo"}, {"process_group_backend": "cpu:gloo,cuda:foo"},
     ):  # fmt: skip
         (key,) = options
         with pytest.raises(ValueError, match=rf"^ReplicaStrategy\({key}=.*") as error:

@@ -12,7 +12,7 @@ from lightning_dopt.asynchronous.edges import Matchings
 from lightning_dopt.comm.ledger import Ledger
 from lightning_dopt.slots import FlatTensors
 from lightning_dopt.strategies.beside import BesideStrategy
-from lightning_dopt.strategies.replica import StartMethod
+from lightning_dopt.strategies.collectives import StartMethod
 from lightning_dopt.topology import Ring
 from lightning_dopt.topology.base import Topology
 

@@ -16,7 +16,7 @@ from lightning_dopt.compress.base import Codec
 from lightning_dopt.pace import LocalSteps
 from lightning_dopt.slots import FlatTensors
 from lightning_dopt.strategies.beside import BesideStrategy
-from lightning_dopt.strategies.replica import StartMethod
+from lightning_dopt.strategies.collectives import StartMethod
 
 
 class AsyncLocalStrategy(BesideStrategy):

@@ -15,7 +15,8 @@ from lightning_dopt.plan import Plan
 from lightning_dopt.slots import FlatTensors
 from lightning_dopt.strategies import _private
 from lightning_dopt.strategies.checkpoints import ReplicaCheckpoints, State, copied
-from lightning_dopt.strategies.replica import ReplicaStrategy, StartMethod
+from lightning_dopt.strategies.collectives import StartMethod
+from lightning_dopt.strategies.replica import ReplicaStrategy
 
 
 class Exchange(Protocol):

@@ -24,8 +24,9 @@ from lightning_dopt.engine import Engine
 from lightning_dopt.local import ExactDiffusion, Extra
 from lightning_dopt.strategies import _private
 from lightning_dopt.strategies.bilevel_module import BilevelModule
+from lightning_dopt.strategies.collectives import StartMethod
 from lightning_dopt.strategies.named import HALF_HOUR, BufferPolicy, Evaluate
-from lightning_dopt.strategies.replica import ReplicaStrategy, StartMethod
+from lightning_dopt.strategies.replica import ReplicaStrategy
 from lightning_dopt.strategies.two_passes import muted
 from lightning_dopt.topology.base import Topology
 

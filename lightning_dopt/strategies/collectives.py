@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar, cast
+from datetime import timedelta
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
+from lightning_dopt._checks import check_choice
 from lightning_dopt.comm import ProcessGroupWorld
 from lightning_dopt.comm.links import OnLostPeer
 from lightning_dopt.engine import Engine
-from lightning_dopt.strategies import failure
+from lightning_dopt.strategies import _private, failure, start
 from lightning_dopt.strategies.survivors import Survivors
 from lightning_dopt.strategies.watch import Watch
 
 T = TypeVar("T")
 
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+
 
 class Collectives(DDPStrategy):
-    """The collectives of ``DDPStrategy`` for processes that may fail.
+    """The collectives of ``DDPStrategy`` for processes that may fail; nothing is wrapped in DDP.
 
     A failure raises :class:`SyncError` in one line. With ``on_lost_peer="continue"`` they run over the ranks that are
     left, see :class:`~lightning_dopt.strategies.survivors.Survivors`.
+
+    Args:
+        timeout: How long a rank waits for others before it gives up.
+        start_method: How Lightning starts the processes.
+        process_group_backend: ``"gloo"``, ``"nccl"``, or others that torch has, also one per device (``"cpu:gloo,cuda:nccl"``);
+            ``None`` picks by device.
+        **options: Those of ``DDPStrategy``.
+
+    Raises:
+        ValueError: an argument that cannot work.
     """
+
+    def __init__(
+        self, *, timeout: timedelta, start_method: StartMethod, process_group_backend: str | None, **options: Any
+    ) -> None:
+        name = type(self).__name__
+        check_choice(name, "start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
+        if timeout <= timedelta(0):
+            raise ValueError(f"{name}(timeout={timeout!r}): must be longer than zero")
+        for backend in process_group_backend.split(",") if process_group_backend is not None else ():
+            if not dist.is_backend_available(backend.rpartition(":")[2]):
+                known = [b for b in dist.Backend.backend_list if b != "undefined" and dist.is_backend_available(b)]
+                raise ValueError(
+                    f"{name}(process_group_backend={process_group_backend!r}): this torch has {', '.join(known)}"
+                )
+        super().__init__(
+            timeout=timeout, start_method=start_method, process_group_backend=process_group_backend, **options
+        )
+        self.timeout = timeout
 
     on_lost_peer: OnLostPeer = "end"
     engine: Engine | None = None
@@ -49,6 +82,44 @@ class Collectives(DDPStrategy):
         """Whether the run has failed, so that other ranks may be gone."""
         trainer = getattr(self.lightning_module, "_trainer", None)
         return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+
+    # ------------------------------------------------------------------ start
+
+    def set_world_ranks(self) -> None:
+        """Called while the Trainer is made, before any process starts."""
+        super().set_world_ranks()
+        if self._start_method == "popen" and hasattr(sys, "ps1"):  # as Lightning asks, which would advise another one
+            raise ValueError(
+                f"{type(self).__name__}(start_method='popen'): a notebook cannot be started again as a script; use "
+                "start_method='fork', or a name with '_notebook' behind it, such as strategy='diloco_notebook'"
+            )
+
+    def setup_environment(self) -> None:
+        """Make the process groups (again for each ``fit`` or ``validate``, but only once in a process).
+
+        Raises:
+            SyncError: not all processes came within ``timeout``.
+        """
+        start.warn_of_stale_addresses()
+        with failure.meeting(self, self.timeout):
+            super().setup_environment()
+            self._make_groups()
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            self._watch = Watch(_private.default_store(), self.global_rank, self.world_size, goes_on=self.goes_on)
+            self._watch.start()
+
+    def _make_groups(self) -> None:
+        """Make groups of processes beyond the default one, unless they are there."""
+
+    def configure_ddp(self) -> None:
+        """Nothing is wrapped."""
+
+    @property
+    def _trainer(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    # ------------------------------------------------------------------ asking all
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks, except in a failed run, where peers may be gone."""

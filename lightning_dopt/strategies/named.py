@@ -11,7 +11,8 @@ from lightning_dopt.comm.links import REST, OnLostPeer
 from lightning_dopt.compress.base import Codec
 from lightning_dopt.local import Correction
 from lightning_dopt.plans.gossip import CorrectionName, Order
-from lightning_dopt.strategies.replica import ReplicaStrategy, StartMethod
+from lightning_dopt.strategies.collectives import StartMethod
+from lightning_dopt.strategies.replica import ReplicaStrategy
 from lightning_dopt.topology.base import Topology
 
 Evaluate = Literal["consensus", "local"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -25,6 +24,7 @@ from lightning_dopt.plan import Plan
 from lightning_dopt.strategies import _private, replica_files, start
 from lightning_dopt.strategies import _private_loops as loops
 from lightning_dopt.strategies import pipeline_checks as checks
+from lightning_dopt.strategies.collectives import StartMethod
 from lightning_dopt.strategies.meter import log_ledger
 from lightning_dopt.strategies.pipeline_checkpoints import PipelineCheckpoints, forget
 from lightning_dopt.strategies.pipeline_lazy import LazyBatches
@@ -37,7 +37,6 @@ from lightning_dopt.strategies.pipeline_replicas import (
 )
 from lightning_dopt.strategies.pipeline_stages import StagesOfModule
 from lightning_dopt.strategies.pipeline_step import StagedStep, Undo
-from lightning_dopt.strategies.replica import StartMethod
 from lightning_dopt.strategies.resumable_loader import is_stateful
 from lightning_dopt.strategies.stop_signal import StopSignal
 
@@ -126,9 +125,6 @@ class PipelineStrategy(PipelineRanks):
         for option, link in (("activation_link", activation_link), ("gradient_link", gradient_link)):
             if link is not None and not isinstance(link, Link):
                 raise ValueError(f"{name}({option}={link!r}): must be a link such as Direct(codec), or None")
-        check_choice(name, "start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
-        if timeout <= timedelta(0):
-            raise ValueError(f"{name}(timeout={timeout!r}): must be longer than zero")
         self.split = list(split) if split is not None else None
         self.pipeline_engine = engine
         self.schedule, self.chunks, self.network, self.samples = schedule, chunks, network, samples
@@ -154,7 +150,6 @@ class PipelineStrategy(PipelineRanks):
             timeout=timeout,
             start_method=start_method,
         )
-        self.timeout = timeout
         self.steps = 0
         """Optimizer steps taken."""
         self.parts: StagesOfModule | None = None
@@ -174,11 +169,6 @@ class PipelineStrategy(PipelineRanks):
         name = type(self).__name__
         if _private.layer_sync(self) is not None:
             raise ValueError("Trainer(sync_batchnorm=True): every rank has layers of its own; leave it out")
-        if self._start_method == "popen" and hasattr(sys, "ps1"):
-            raise ValueError(
-                f"{name}(start_method='popen'): a notebook cannot be started again as a script; use start_method='fork', or "
-                "strategy='pipeline_notebook'"
-            )
         checks.check_devices(self.parallel_devices, self.precision_plugin)
         size = self.num_nodes * self.num_processes
         if size % (self.pipeline_size or size):

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dopt.comm import ProcessGroupWorld
 from lightning_dopt.pipeline import Pipeline
-from lightning_dopt.strategies import _private, failure, start
 from lightning_dopt.strategies.collectives import Collectives
 from lightning_dopt.strategies.pipeline_replicas import Islands
 from lightning_dopt.strategies.rng import rng_state, set_rng_state
-from lightning_dopt.strategies.watch import Watch
 
 
 class PipelineRanks(Collectives):
@@ -26,7 +22,6 @@ class PipelineRanks(Collectives):
 
     pipeline: Pipeline | None = None
     pipeline_size: int | None = None
-    timeout: timedelta
     _islands: Islands | None = None
 
     # ------------------------------------------------------------------ layout
@@ -41,27 +36,13 @@ class PipelineRanks(Collectives):
         size = self.num_nodes * self.num_processes
         return size // (self.pipeline_size or size)
 
-    def setup_environment(self) -> None:
-        """Make the process groups (again for each ``fit`` or ``validate``, but only once in a process).
-
-        Raises:
-            SyncError: not all processes came within ``timeout``.
-        """
-        start.warn_of_stale_addresses()
-        with failure.meeting(self, self.timeout):
-            super().setup_environment()
-            if self._islands is None:
-                size = self.world_size // self._pipelines
-                self._islands = Islands(size, self.timeout, self._process_group_backend)
-                if self._islands.count > 1:
-                    self.world = ProcessGroupWorld(group=self._islands.replicas)
-                    self.world.diagnose = self._diagnose
-        if self._trainer.state.fn == TrainerFn.FITTING:
-            self._watch = Watch(_private.default_store(), self.global_rank, self.world_size)
-            self._watch.start()
-
-    def configure_ddp(self) -> None:
-        """Nothing is wrapped."""
+    def _make_groups(self) -> None:
+        if self._islands is None:
+            size = self.world_size // self._pipelines
+            self._islands = Islands(size, self.timeout, self._process_group_backend)
+            if self._islands.count > 1:
+                self.world = ProcessGroupWorld(group=self._islands.replicas)
+                self.world.diagnose = self._diagnose
 
     def _share_random_numbers(self) -> None:
         """All ranks of a pipeline go on from one state."""
@@ -93,11 +74,6 @@ class PipelineRanks(Collectives):
     def interrupted(self) -> bool:
         """Whether the run has failed; not after SIGTERM, where all ranks end together and can still write a checkpoint."""
         return super().interrupted and not isinstance(sys.exc_info()[1], SIGTERMException)
-
-    @property
-    def _trainer(self) -> Any:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
 
     @property
     def _step(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
@@ -23,9 +22,9 @@ from lightning_dopt.engine import Engine
 from lightning_dopt.lost_peers import check_links
 from lightning_dopt.pace import LocalSteps
 from lightning_dopt.plan import Plan, Sync
-from lightning_dopt.strategies import _private, failure, replica_files, start
+from lightning_dopt.strategies import _private, replica_files, start
 from lightning_dopt.strategies.checkpoints import ReplicaCheckpoints
-from lightning_dopt.strategies.collectives import Collectives
+from lightning_dopt.strategies.collectives import Collectives, StartMethod
 from lightning_dopt.strategies.consensus import ConsensusModel
 from lightning_dopt.strategies.meter import Meter, exact
 from lightning_dopt.strategies.optimizers import OptimizerIndex
@@ -33,9 +32,6 @@ from lightning_dopt.strategies.pacer import Pacer, check_pace, check_trainer, no
 from lightning_dopt.strategies.stop_signal import StopSignal
 from lightning_dopt.strategies.survivors import warn_of_launcher
 from lightning_dopt.strategies.two_passes import check_two_passes, second_pass
-from lightning_dopt.strategies.watch import Watch
-
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
 class ReplicaStrategy(Collectives):
@@ -123,9 +119,6 @@ class ReplicaStrategy(Collectives):
         self.link_step_seconds = _seconds(name, link_step_seconds, link)
         make_links(0, 1, on_lost_peer, patience, rest, name)
         self.patience, self.rest = patience, rest
-        check_choice(name, "start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
-        if timeout <= timedelta(0):
-            raise ValueError(f"{name}(timeout={timeout!r}): must be longer than zero")
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -138,7 +131,6 @@ class ReplicaStrategy(Collectives):
         )
         self.on_lost_peer = on_lost_peer
         self.link = link
-        self.timeout = timeout
         self.consensus: ConsensusModel | None = None
         self.pacer: Pacer | None = None
         self._meter: Meter | None = None
@@ -158,13 +150,6 @@ class ReplicaStrategy(Collectives):
             raise ValueError(
                 "Trainer(sync_batchnorm=True): makes every forward pass communicate; use buffers='average'"
             )
-        if self._start_method == "popen" and hasattr(
-            sys, "ps1"
-        ):  # as Lightning asks, which would advise another strategy
-            raise ValueError(
-                f"{type(self).__name__}(start_method='popen'): a notebook cannot be started again as a script; use "
-                "start_method='fork', or a name such as strategy='diloco_notebook'"
-            )
         size = self.num_nodes * self.num_processes
         self.plan.check(size)
         check_pace(type(self).__name__, self.pace, self.plan, size)
@@ -178,19 +163,17 @@ class ReplicaStrategy(Collectives):
         Raises:
             SyncError: not all processes came within ``timeout``.
         """
-        start.warn_of_stale_addresses()
-        with failure.meeting(self, self.timeout):
-            super().setup_environment()
-            if self.world is None:
-                self.world = self._make_world()
+        super().setup_environment()
         if self.goes_on:
             environment = self.cluster_environment
             starts = environment is not None and not environment.creates_processes_externally
             warn_of_launcher(starts and self.num_processes > 1)
-        if self._trainer.state.fn == TrainerFn.FITTING:
-            self._watch = Watch(_private.default_store(), self.global_rank, self.world_size, goes_on=self.goes_on)
+        if self._watch is not None and self.world is not None:
             self.world.diagnose = self._watch.diagnose
-            self._watch.start()
+
+    def _make_groups(self) -> None:
+        if self.world is None:
+            self.world = self._make_world()
 
     def _make_world(self) -> ProcessGroupWorld:
         return ProcessGroupWorld(
@@ -200,9 +183,6 @@ class ReplicaStrategy(Collectives):
             patience=self.patience,
             rest=self.rest,
         )
-
-    def configure_ddp(self) -> None:
-        """Nothing is wrapped."""
 
     def setup(self, trainer: Any) -> None:
         """Make the engine once the module, its optimizers and the precision plugin are ready."""
@@ -322,11 +302,6 @@ class ReplicaStrategy(Collectives):
         self._meter.log(self.lightning_module, self.engine, self.consensus.distance)
 
     # ------------------------------------------------------------------ evaluation
-
-    @property
-    def _trainer(self) -> Any:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
 
     @property
     def fitting(self) -> bool:
