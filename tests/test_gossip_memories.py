@@ -184,7 +184,7 @@ def test_moniqua_over_other_graphs(peers: Topology, bits: int, floor: float) -> 
 
 def test_deep_squeeze_does_not_mind_a_changing_graph() -> None:
     levels = [
-        spread(mixing(DeepSqueeze(TopK(0.1), 0.1), p).run(600).stacked())
+        spread(mixing(DeepSqueeze(TopK(0.1), 0.1), p).run(300).stacked())
         for p in (Ring(), OnePeerExponential(), RandomPairs())
     ]
     assert all(level < 2e-2 for level in levels)
@@ -293,7 +293,7 @@ def test_choco_and_plain_gossip_stay_away_from_the_optimum() -> None:
 
 
 def test_beer_is_exact() -> None:
-    assert error(plans.beer(Ring(), TopK(0.2), 0.3), 1400, lr=0.05) < 1e-20
+    assert error(plans.beer(Ring(), TopK(0.2), 0.3), 600, lr=0.05) < 1e-11
 
 
 def test_cdproxsgt_finds_the_sparse_optimum_on_all_ranks() -> None:
@@ -303,7 +303,7 @@ def test_cdproxsgt_finds_the_sparse_optimum_on_all_ranks() -> None:
         x = x - 0.2 * torch.stack([PROBLEM.gradient(i, x) for i in range(N)]).mean(0)
         x = x.sign() * (x.abs() - 0.2 * l1).clamp(min=0.0)
     assert 0 < int((x == 0).sum()) < D
-    got = cdproxsgt(l1, lr, 1500)
+    got = cdproxsgt(l1, lr, 900)
     torch.testing.assert_close(got, x.expand(N, D), rtol=0, atol=1e-9)
 
 
