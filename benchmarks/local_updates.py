@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
 import lightning_dopt as dopt
-from benchmarks import torchft_diloco
+from benchmarks import torchft_diloco, two_parts
 from benchmarks.end_to_end import FP16DDP, CountingTimer, Losses, steps_to
-from benchmarks.ranks import run_ranks
 from lightning_dopt import plans
 from lightning_dopt.compress import E3M0
 from recipes.llm import ByteGPT, TextFolder
@@ -207,27 +206,6 @@ def report(learnt: dict[str, Any], times: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(learnt: dict[str, Any], times: dict[str, dict[str, Any]], path: str) -> None:
-    """Validation loss against time, one panel per link."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(times), figsize=(5.5 * len(times), 4.2), sharey=True, squeeze=False)
-    for panel, (link, timed) in zip(panels[0], times.items(), strict=True):
-        for arm, found in learnt.items():
-            if arm in timed and arm != "none":
-                seconds = timed[arm]["seconds"]
-                panel.plot([step * seconds for step, _ in found["losses"]], [x for _, x in found["losses"]], label=arm)
-        panel.set(title=link, xlabel="seconds", xscale="log")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("validation loss (nats per byte)")
-    panels[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--workers", type=int, default=4)
@@ -243,18 +221,8 @@ def main() -> None:
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--width", type=int, default=144, help="144 with 4 layers: 1.03 million parameters")
-    p.add_argument("--data", default=None, help="folder of texts (default: the standard library)")
     p.add_argument("--rounds", type=int, default=3, help="rounds that are timed")
-    p.add_argument("--link-tool", default="")
-    p.add_argument("--links", nargs="*", type=float, default=[100.0, 20.0], help="Mbit/s")
-    p.add_argument("--ms", type=float, default=0.0, help="latency of the links, one way")
-    p.add_argument("--only", choices=("learn", "time"), help="one part")
-    p.add_argument(
-        "--learnt", default="", metavar="FILE", help="losses from the --json of an earlier run of the same setting"
-    )
-    p.add_argument("--json", default="")
-    p.add_argument("--plot", default="", metavar="FILE")
-    p.add_argument("--part", choices=("learn", "time"), help=argparse.SUPPRESS)
+    two_parts.add_options(p)
     args = p.parse_args()
     known = [*arms(args), TORCHFT]
     if args.arms is None:
@@ -277,29 +245,13 @@ def compare(args: argparse.Namespace) -> None:
     names = ["workers", "sync_every", "overlap", "fragments", "alpha", "momentum"]
     names += ["steps", "seeds", "lr", "layers", "width", "rounds"]
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
-    options += [f"--data={args.data}"] if args.data else []
     options += ["--outer-lr", *map(str, args.outer_lr)]
+    learning = [[arm for arm in args.arms if arm not in ("none", TORCHFT)]]
 
-    def part(name: str, chosen: list[str], mbit: float = 0.0, tool: str = "") -> dict[str, Any]:
-        given = [*options, f"--part={name}", "--arms", *chosen]
-        return run_ranks("benchmarks.local_updates", given, args.workers, tool, mbit, args.ms) or {}
+    def curve(arm: str, found: two_parts.Results, timed: two_parts.Results) -> list[float]:
+        return [step * timed[arm]["seconds"] for step, _ in found["losses"]]
 
-    learnt: dict[str, Any] = json.loads(Path(args.learnt).read_text())["learnt"] if args.learnt else {}
-    if args.only != "time" and not learnt:
-        print("learning", flush=True)
-        learnt = part("learn", [a for a in args.arms if a not in ("none", TORCHFT)])
-    times: dict[str, dict[str, Any]] = {}
-    for mbit in [] if args.only == "learn" else [0.0, *(args.links if args.link_tool else [])]:
-        title = f"{mbit:g} Mbit/s" if mbit else "no limit"
-        print(title, flush=True)
-        times[title] = {}
-        for arm in args.arms:
-            times[title] |= part("time", [arm], mbit, args.link_tool)
-    print(report(learnt, times))
-    if args.json:
-        Path(args.json).write_text(json.dumps({"learnt": learnt, "times": times}, indent=1))
-    if args.plot and learnt and times:
-        plot(learnt, times, args.plot)
+    two_parts.compare(args, "benchmarks.local_updates", args.workers, options, learning, report, curve)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import logging
 import os
 import statistics
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_dopt as dopt
+from benchmarks import two_parts
 from benchmarks.end_to_end import CountingTimer, Losses
-from benchmarks.ranks import run_ranks
 from lightning_dopt.compress import BlockTopK, Int4
 from lightning_dopt.pipeline import AQSGD, Clapping, Direct, Link
 from recipes.llm import ByteGPT, TextFolder
@@ -175,54 +176,17 @@ def report(learnt: dict[str, Any], times: dict[str, dict[str, Any]], args: argpa
     return "\n".join(lines)
 
 
-def plot(learnt: dict[str, Any], times: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
-    """Validation loss against time, one panel per link."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(times), figsize=(5.5 * len(times), 4.2), sharey=True, squeeze=False)
-    for panel, (title, timed) in zip(panels[0], times.items(), strict=True):
-        for arm, found in learnt.items():
-            if arm in timed and arm != "lazy":
-                along = [seconds_at(arm, step, timed, args) for step, _ in found["losses"]]
-                panel.plot(along, [loss for _, loss in found["losses"]], label=arm)
-        panel.set(title=title, xlabel="seconds", xscale="log")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("validation loss (nats per byte)")
-    panels[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(args.plot, dpi=130)
-
-
 def compare(args: argparse.Namespace) -> None:
     """Both parts, the table and the picture."""
     names = ["stages", "microbatches", "codec", "probability", "steps", "seeds", "timed", "windows", "batch", "context"]
     options = [f"--{name}={getattr(args, name)}" for name in [*names, "lr", "layers", "width"]]
-    options += [f"--data={args.data}"] if args.data else []
 
-    def part(name: str, chosen: list[str], mbit: float = 0.0, tool: str = "") -> dict[str, Any]:
-        given = [*options, f"--part={name}", "--arms", *chosen]
-        return run_ranks("benchmarks.pipeline_links", given, args.stages, tool, mbit, args.ms) or {}
+    def curve(arm: str, found: two_parts.Results, timed: two_parts.Results) -> list[float] | None:
+        return [seconds_at(arm, step, timed, args) for step, _ in found["losses"]] if arm != "lazy" else None
 
-    learnt: dict[str, Any] = json.loads(Path(args.learnt).read_text())["learnt"] if args.learnt else {}
-    if args.only != "time" and not learnt:
-        print("learning", flush=True)
-        for arm in args.arms:
-            learnt |= part("learn", [arm])
-    times: dict[str, dict[str, Any]] = {}
-    for mbit in [] if args.only == "learn" else [0.0, *(args.links if args.link_tool else [])]:
-        title = f"{mbit:g} Mbit/s" if mbit else "no limit"
-        print(title, flush=True)
-        times[title] = {}
-        for arm in args.arms:
-            times[title] |= part("time", [arm], mbit, args.link_tool)
-    print(report(learnt, times, args))
-    if args.json:
-        Path(args.json).write_text(json.dumps({"learnt": learnt, "times": times}, indent=1))
-    if args.plot and learnt and times:
-        plot(learnt, times, args)
+    learning = [[arm] for arm in args.arms]
+    table = partial(report, args=args)
+    two_parts.compare(args, "benchmarks.pipeline_links", args.stages, options, learning, table, curve)
 
 
 def main() -> None:
@@ -241,17 +205,7 @@ def main() -> None:
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--width", type=int, default=144, help="144 with 4 layers: 1.03 million parameters")
-    p.add_argument("--data", default=None, help="folder of texts (default: the standard library)")
-    p.add_argument("--link-tool", default="")
-    p.add_argument("--links", nargs="*", type=float, default=[100.0, 20.0], help="Mbit/s")
-    p.add_argument("--ms", type=float, default=0.0, help="latency of the links, one way")
-    p.add_argument("--only", choices=("learn", "time"), help="one part")
-    p.add_argument(
-        "--learnt", default="", metavar="FILE", help="losses from the --json of an earlier run of the same setting"
-    )
-    p.add_argument("--json", default="")
-    p.add_argument("--plot", default="", metavar="FILE")
-    p.add_argument("--part", choices=("learn", "time"), help=argparse.SUPPRESS)
+    two_parts.add_options(p)
     args = p.parse_args()
     if args.part:
         worker(args)
