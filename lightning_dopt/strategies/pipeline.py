@@ -254,8 +254,7 @@ class PipelineStrategy(PipelineRanks):
     def _stages(self, module: LightningModule, count: int) -> list[Stage]:
         example = module.example_input_array
         example = example[0] if isinstance(example, tuple) and len(example) == 1 else example
-        if not isinstance(example, Tensor):
-            example = None
+        example = example.to(self.root_device) if isinstance(example, Tensor) else None
         if self.balance == "time" and example is None:
             raise ValueError(
                 f"{type(self).__name__}(balance='time'): needs {type(module).__name__}.example_input_array, an input of the network"
