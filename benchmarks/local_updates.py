@@ -10,7 +10,7 @@
 
 ``none`` does not communicate: the speed that all others are compared with. ``PROGRAM`` takes ``-n N --mbit R --ms L --
 COMMAND`` and starts each rank behind a link of that speed. Every arm is timed in processes of its own; one whose processes
-fail (torch's PowerSGD hook may on gloo) is left out of the table and said. ``--plot FILE`` draws loss against time.
+fail is left out of the table and said. ``--plot FILE`` draws loss against time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,14 @@ TORCHFT = "torchft DiLoCo"
 
 
 class PowerSGDDDP(L.pytorch.strategies.DDPStrategy):
-    """DDP with torch's PowerSGD hook, which Lightning registers on GPUs only."""
+    """DDP with torch's PowerSGD hook, which Lightning registers on GPUs only.
+
+    All gradients are one bucket: the hook starts its further all-reduces when an earlier one ends, so with several buckets their
+    order differs between ranks, and gloo aborts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(bucket_cap_mb=1000)
 
     def configure_ddp(self) -> None:
         super().configure_ddp()
