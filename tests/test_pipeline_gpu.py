@@ -21,7 +21,6 @@ two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs: NCCL refuses two
 
 def on_one_gpu(rank: int) -> Any:
     """The pipeline and its simulation, both on the same device: equal in every bit."""
-    dist.init_process_group("gloo")
     torch.cuda.set_device(0)
     link: Link | None
     answers = []
@@ -57,6 +56,8 @@ def test_a_trainer_with_two_gpus(link: Link | None, tmp_path: Any) -> None:
     from lightning_dopt import PipelineStrategy
 
     def job(rank: int) -> Any:
+        dist.destroy_process_group()  # the one over gloo; Lightning takes what is there
+        dist.init_process_group("nccl", store=dist.FileStore(f"{tmp_path}/store", 2), rank=rank, world_size=2)
         results = []
         for path in (None, tmp_path / "epoch=0.ckpt"):
             module = Classifier(0.2 if link else 0.0)
