@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.equal_tokens`` trains a byte-level transformer on the Python standard library with simulated workers, which
 compute what processes do, once for each arm and seed, and prints the loss of the mean model. Inner optimizer AdamW, warm-up and
-cosine decay; every arm has the inner learning rate that suited it best among 3e-3, 6e-3 and 1e-2 over 2000 steps.
+cosine decay; DDP and DiLoCo have the inner learning rate of 3e-3 and 6e-3 that was better over 2000 steps, streaming has DiLoCo's.
 ``--plot FILE`` draws losses by step, ``--json FILE`` keeps them. Deterministic on one machine; one arm of 6000 steps takes about
 seven minutes on a core.
 """
