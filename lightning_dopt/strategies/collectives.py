@@ -1,4 +1,4 @@
-"""What Lightning asks of all ranks at once: errors that name who is missing, or answers from those that are left."""
+"""Processes that may fail: how they meet, and what Lightning asks of all of them at once."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
 class Collectives(DDPStrategy):
-    """The collectives of ``DDPStrategy`` for processes that may fail; nothing is wrapped in DDP.
+    """The start and the collectives of ``DDPStrategy`` for processes that may fail; nothing is wrapped in DDP.
 
-    A failure raises :class:`SyncError` in one line. With ``on_lost_peer="continue"`` they run over the ranks that are
+    A failure raises :class:`SyncError` in one line, which names who is missing. With ``on_lost_peer="continue"`` they run over the ranks that are
     left, see :class:`~lightning_dopt.strategies.survivors.Survivors`.
 
     Args:
@@ -44,6 +44,11 @@ class Collectives(DDPStrategy):
     Raises:
         ValueError: an argument that cannot work.
     """
+
+    on_lost_peer: OnLostPeer = "end"
+    engine: Engine | None = None
+    world: ProcessGroupWorld | None = None
+    _watch: Watch | None = None
 
     def __init__(
         self, *, timeout: timedelta, start_method: StartMethod, process_group_backend: str | None, **options: Any
@@ -62,11 +67,6 @@ class Collectives(DDPStrategy):
             timeout=timeout, start_method=start_method, process_group_backend=process_group_backend, **options
         )
         self.timeout = timeout
-
-    on_lost_peer: OnLostPeer = "end"
-    engine: Engine | None = None
-    world: ProcessGroupWorld | None = None
-    _watch: Watch | None = None
 
     @property
     def goes_on(self) -> bool:
