@@ -31,8 +31,8 @@ StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 class Collectives(DDPStrategy):
     """The start and the collectives of ``DDPStrategy`` for processes that may fail; nothing is wrapped in DDP.
 
-    A failure raises :class:`SyncError` in one line, which names who is missing. With ``on_lost_peer="continue"`` they run over the ranks that are
-    left, see :class:`~lightning_dopt.strategies.survivors.Survivors`.
+    A failure raises :class:`SyncError` in one line, which names who is missing. With ``on_lost_peer="continue"`` they run over
+    the ranks that are left, see :class:`~lightning_dopt.strategies.survivors.Survivors`.
 
     Args:
         timeout: How long a rank waits for others before it gives up.
