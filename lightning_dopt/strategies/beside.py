@@ -57,7 +57,8 @@ class BesideStrategy(ReplicaStrategy):
 
     Between validations and checkpoints no rank waits for another one's step. At these, and at the end of training, all ranks
     come together: what is under way is completed, then the consensus model is validated or every replica saved with
-    nothing in flight. A resumed run starts from there, but does not repeat the uninterrupted one bit by bit.
+    nothing in flight. A resumed run starts from there; it repeats the uninterrupted one bit by bit only if ranks wait for each
+    other, as with a hub whose rule waits for all.
 
     Args:
         evaluate: See :class:`ReplicaStrategy`, as for all that follow.

@@ -59,9 +59,10 @@ class Collectives(DDPStrategy):
             raise ValueError(f"{name}(timeout={timeout!r}): must be longer than zero")
         for backend in process_group_backend.split(",") if process_group_backend is not None else ():
             if not dist.is_backend_available(backend.rpartition(":")[2]):
-                known = [b for b in dist.Backend.backend_list if b != "undefined" and dist.is_backend_available(b)]
+                known = [b for b in dist.Backend.backend_list if b not in ("undefined", "fake")]
+                here = ", ".join(b for b in known if dist.is_backend_available(b))
                 raise ValueError(
-                    f"{name}(process_group_backend={process_group_backend!r}): this torch has {', '.join(known)}"
+                    f"{name}(process_group_backend={process_group_backend!r}): must be None or of what this torch has: {here}"
                 )
         super().__init__(
             timeout=timeout, start_method=start_method, process_group_backend=process_group_backend, **options
